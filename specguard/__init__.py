@@ -1,0 +1,34 @@
+"""SpecGuard: step-level speculative decoding that shows why it trusted each step.
+
+``specguard.load().solve("...")`` solves with the default pair; `specguard.core` works with any
+`specguard.core.LanguageModel`.
+"""
+
+from specguard.core import (
+    Engine,
+    Sampling,
+    Solution,
+    SolveConfig,
+    SpecguardError,
+    StepRecord,
+    UsageError,
+    VerifierConfig,
+    ensemble_weights,
+)
+from specguard.loading import load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Engine",
+    "Sampling",
+    "Solution",
+    "SolveConfig",
+    "SpecguardError",
+    "StepRecord",
+    "UsageError",
+    "VerifierConfig",
+    "__version__",
+    "ensemble_weights",
+    "load",
+]

@@ -1,0 +1,160 @@
+"""Settings of a solution, as frozen dataclasses that refuse values that can never work."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from specguard.core.errors import UsageError
+from specguard.core.model import GREEDY, Sampling
+
+Method = Literal["specguard", "target", "draft"]
+Author = Literal["draft", "target"]
+Sources = Literal["problem", "context"]
+
+# Signals that a verifier can weigh. Bounds are (value that scores 0, value that scores 1), so an
+# entropy's run downwards. They hold for a pair without fitted bounds and are meant to err towards
+# the target: a log-probability of -6 is a token that the model gives a chance of 1 in 400.
+CONSERVATIVE_BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "log_prob": (-6.0, 0.0),
+        "log_prob_mean": (-2.0, 0.0),
+        "grounding": (0.0, 0.875),
+        "grounding_mean": (0.0, 0.875),
+        "entropy_mean": (2.0, 0.0),
+        "entropy_max": (4.0, 0.0),
+        "sink_mass": (1.0, 0.0),
+        "consistency": (0.0, 1.0),
+    }
+)
+ATTENTION_SIGNALS = frozenset({"grounding", "grounding_mean", "sink_mass"})
+
+
+def ensemble_weights(beta: float) -> dict[str, float]:
+    """The paper's ensemble: ``beta`` on the log-probability, the rest on grounding.
+
+    Raises:
+        UsageError: beta outside [0, 1].
+    """
+    if not 0 <= beta <= 1:
+        raise UsageError(f"beta must lie in [0, 1], not {beta}")
+    weights = {"log_prob": beta, "grounding": 1 - beta}
+    return {name: weight for name, weight in weights.items() if weight > 0}
+
+
+# Verifiers by name, as changes to a pair's own. "paper" is the published ensemble; the others leave
+# parts of it out.
+PRESETS: Mapping[str, Mapping[str, object]] = MappingProxyType(
+    {
+        "paper": {"weights": ensemble_weights(0.3), "threshold": 0.7, "sources": "context"},
+        "consistency-only": {"weights": {}, "threshold": 0.0},
+        "log-prob": {"weights": ensemble_weights(1.0)},
+        "grounding": {"weights": ensemble_weights(0.0)},
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class VerifierConfig:
+    """Who verifies, by which signals, and from which score on a step is accepted.
+
+    ``weights`` of signals sum to 1; without any, every step is accepted unseen (self-consistency
+    only). ``bounds`` override `CONSERVATIVE_BOUNDS` signal by signal. Rollout settings are those
+    of the paper: ``num_layers`` L, ``epsilon``, and ``residual`` r.
+
+    Raises:
+        UsageError: an unknown name, or a number outside its range.
+    """
+
+    model: Author = "target"
+    weights: Mapping[str, float] = field(default_factory=lambda: ensemble_weights(0.3))
+    threshold: float = 0.7
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    sources: Sources = "problem"
+    num_layers: int = 3
+    epsilon: float = 0.01
+    residual: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.model not in ("draft", "target"):
+            raise UsageError(f"verifier must be 'draft' or 'target', not {self.model!r}")
+        if self.sources not in ("problem", "context"):
+            raise UsageError(f"sources must be 'problem' or 'context', not {self.sources!r}")
+        for name in (*self.weights, *self.bounds):
+            if name not in CONSERVATIVE_BOUNDS:
+                known = ", ".join(CONSERVATIVE_BOUNDS)
+                raise UsageError(f"no signal is called {name!r}", f"signals: {known}")
+        if self.weights and not (
+            all(0 <= w <= 1 for w in self.weights.values())
+            and abs(sum(self.weights.values()) - 1) < 1e-6
+        ):
+            raise UsageError(f"weights must be shares of 1, not {dict(self.weights)}")
+        if any(low == high for low, high in self.bounds.values()):
+            raise UsageError(f"bounds of a signal must differ: {dict(self.bounds)}")
+        for name in ("threshold", "epsilon", "residual"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
+        if self.num_layers < 1:
+            raise UsageError(f"num_layers must be at least 1, not {self.num_layers}")
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether a weighed signal comes from attention."""
+        return any(self.weights.get(name, 0) > 0 for name in ATTENTION_SIGNALS)
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a weighed signal comes from the verifying model at all."""
+        return any(name != "consistency" for name in self.weights)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether every weighed signal has bounds fitted to the pair."""
+        return all(name in self.bounds for name in self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class SolveConfig:
+    """Everything that decides a solution, besides the models and the problem.
+
+    ``method`` "target" or "draft" is plain decoding by that model. ``sampling`` is how steps are
+    proposed (plain decoding: written); None means temperature 0.7 and top-p 0.8 for candidates and
+    greedy for plain decoding. ``selector`` names an embedder. ``detail`` keeps every candidate and
+    the token arrays in the step records.
+
+    Raises:
+        UsageError: a count below 1, a negative seed, an unknown method.
+    """
+
+    method: Method = "specguard"
+    num_candidates: int = 16
+    sampling: Sampling | None = None
+    rewrite_sampling: Sampling = GREEDY
+    selector: str = "draft"
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    delimiter: str = "\n\n"
+    max_step_tokens: int = 256
+    max_tokens: int = 2048
+    max_steps: int = 128
+    seed: int = 0
+    system_prompt: str | None = None
+    thinking: bool = False
+    detail: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in ("specguard", "target", "draft"):
+            raise UsageError(f"method must be specguard, target or draft, not {self.method!r}")
+        for name in ("num_candidates", "max_step_tokens", "max_tokens", "max_steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**64:
+            raise UsageError(f"seed must lie in [0, 2**64), not {self.seed}")
+        if not self.delimiter:
+            raise UsageError("the step delimiter must not be empty")
+
+    @property
+    def step_sampling(self) -> Sampling:
+        """How steps are proposed, or written in plain decoding."""
+        if self.sampling is not None:
+            return self.sampling
+        return Sampling() if self.method == "specguard" else GREEDY

@@ -1,0 +1,76 @@
+"""Embedders of candidate steps, by name: ``draft``, ``ngram``, ``sentence-transformers:NAME``."""
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from hashlib import blake2b
+from importlib import import_module
+from itertools import pairwise
+
+import numpy as np
+
+from specguard.core.errors import SpecguardError, UsageError
+from specguard.core.model import Candidate, FloatArray
+from specguard.core.selector import Embedder
+
+_WORD = re.compile(r"\d+(?:\.\d+)?|\w+|[^\w\s]")
+_NGRAM_WIDTH = 1024
+_SENTENCE_TRANSFORMERS = "sentence-transformers:"
+
+
+def load_embedder(name: str) -> Embedder:
+    """The embedder called ``name``.
+
+    Raises:
+        UsageError: no embedder has this name.
+        SpecguardError: its package or its model is not installed.
+    """
+    if name == "draft":
+        return embed_by_draft
+    if name == "ngram":
+        return embed_by_ngrams
+    if name.startswith(_SENTENCE_TRANSFORMERS) and name != _SENTENCE_TRANSFORMERS:
+        return _load_sentence_transformer(name.removeprefix(_SENTENCE_TRANSFORMERS))
+    raise UsageError(
+        f"no selector is called {name!r}",
+        f"selectors: draft, ngram, {_SENTENCE_TRANSFORMERS}NAME",
+    )
+
+
+def embed_by_draft(candidates: Sequence[Candidate]) -> FloatArray:
+    """The draft's own mean hidden states [k, hidden]: no extra model, no extra pass."""
+    return np.stack([candidate.embedding for candidate in candidates])
+
+
+def embed_by_ngrams(candidates: Sequence[Candidate]) -> FloatArray:
+    """Hashed counts of words, numbers and their pairs [k, 1024]: no model at all."""
+    rows = np.zeros((len(candidates), _NGRAM_WIDTH))
+    for row, candidate in zip(rows, candidates, strict=True):
+        words = _WORD.findall(candidate.text.lower())
+        for gram in (*words, *map(" ".join, pairwise(words))):
+            digest = int.from_bytes(blake2b(gram.encode(), digest_size=4).digest(), "little")
+            row[digest % _NGRAM_WIDTH] += 1 if digest >> 31 else -1
+    return rows
+
+
+def _load_sentence_transformer(name: str) -> Embedder:
+    try:
+        package = import_module("sentence_transformers")
+    except ImportError as error:
+        raise SpecguardError(
+            "the package sentence-transformers is not installed",
+            "pip install 'specguard[sentence-transformers]', or choose --selector ngram",
+        ) from error
+    try:
+        model = package.SentenceTransformer(name, local_files_only=True)
+    except Exception as error:
+        raise SpecguardError(
+            f"the sentence embedder {name!r} cannot be loaded: {error}",
+            "give a folder, or download the model first (huggingface-cli download)",
+        ) from error
+    return partial(_embed_by_sentence_transformer, model)
+
+
+def _embed_by_sentence_transformer(model: object, candidates: Sequence[Candidate]) -> FloatArray:
+    texts = [candidate.text for candidate in candidates]
+    return np.asarray(model.encode(texts, show_progress_bar=False))  # type: ignore[attr-defined]

@@ -1,0 +1,32 @@
+"""Attention-based grounding: rollout over the attention blocks of a step.
+
+Knows nothing of models: a block is what `LanguageModel.extend` hands over for one layer.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from specguard.core.model import AttentionBlock, FloatArray
+
+
+def grounding(
+    blocks: Sequence[AttentionBlock], is_first_row_source: bool, residual: float
+) -> FloatArray:
+    """Rollout mass on the grounding sources [n], one value per token of the step.
+
+    A token is read from the row that predicts it. With a_l [n] = source mass and S_l [n, n] = step
+    weights of layer l: g_l = (1 - r)(a_l + S_l g_{l-1}) + r g_{l-1}, which equals the rows of the
+    full T x T rollout (paper, section on attention-based grounding; Abnar and Zuidema 2020).
+
+    Args:
+        blocks: from the lowest captured layer to the top one, each of n rows.
+        is_first_row_source: whether position c-1, the first row's own token, is a source.
+        residual: r, the share of the identity in each layer's mix.
+    """
+    mass = np.zeros(len(blocks[0].source_mass))
+    mass[0] = is_first_row_source
+    for block in blocks:
+        attended = block.source_mass + block.step @ mass
+        mass = (1 - residual) * attended + residual * mass
+    return mass

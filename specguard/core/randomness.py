@@ -1,0 +1,37 @@
+"""Uniforms keyed by what they are for, so that a result depends on no batch slot and no backend."""
+
+from enum import IntEnum
+from hashlib import blake2b
+
+import numpy as np
+
+from specguard.core.model import FloatArray
+
+
+class Purpose(IntEnum):
+    """What a stream of uniforms is drawn for."""
+
+    DRAFT = 0
+    TARGET = 1
+    ACCEPT = 2
+
+
+def problem_key(problem: str) -> int:
+    """A 64-bit key of the problem's text: its solution depends on no order of problems."""
+    return int.from_bytes(blake2b(problem.encode(), digest_size=8).digest(), "little")
+
+
+def uniforms(
+    seed: int, problem: int, purpose: Purpose, step: int, num_candidates: int, count: int
+) -> FloatArray:
+    """Float32 uniforms [num_candidates, count] in [0, 1) from NumPy's Philox.
+
+    A candidate's uniform at a position depends on neither ``num_candidates`` nor ``count``.
+    """
+    rows = [
+        np.random.Generator(
+            np.random.Philox(key=[seed, problem], counter=[0, purpose, candidate, step])
+        ).random(count, dtype=np.float32)
+        for candidate in range(num_candidates)
+    ]
+    return np.stack(rows)

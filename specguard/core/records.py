@@ -1,0 +1,196 @@
+"""What a solution leaves behind: a record per step, the solution, its statistics, as JSON too."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import cattrs
+
+from specguard.core.config import Author, Method
+from specguard.core.errors import SpecguardError
+from specguard.core.model import CandidateFinish
+
+SCHEMA_VERSION = 1
+
+FinishReason = Literal["answer", "eos", "length", "repetition"]
+Decision = Literal["accepted", "rewritten", "plain"]
+Phase = Literal["propose", "select", "verify", "commit", "rewrite"]
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateRecord:
+    """One candidate step; ``similarity`` is its mean cosine similarity to the others."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    token_logprobs: tuple[float, ...]
+    similarity: float
+    finish: CandidateFinish
+
+
+@dataclass(frozen=True, slots=True)
+class TokenArrays:
+    """Per token of the selected candidate: id, text, log-prob, entropy (nats), grounding."""
+
+    token_ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+    logprobs: tuple[float, ...]
+    entropies: tuple[float, ...]
+    grounding: tuple[float, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step of a solution and why it stands there.
+
+    ``text`` is the step as written, delimiter included; ``draft_text`` the selected candidate's
+    where the target rewrote it. ``signals`` are raw values, ``scores`` the same normalised to
+    [0, 1], ``ensemble`` among them; both are empty in plain decoding. ``seconds`` is wall time by
+    phase. ``num_drafted`` counts the draft's tokens over all candidates.
+    """
+
+    index: int
+    text: str
+    author: Author
+    decision: Decision
+    num_tokens: int
+    num_drafted: int
+    signals: dict[str, float]
+    scores: dict[str, float]
+    threshold: float | None
+    seconds: dict[Phase, float]
+    draft_text: str | None = None
+    selected: int | None = None
+    candidates: tuple[CandidateRecord, ...] | None = None
+    tokens: TokenArrays | None = None
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the draft's step passed verification."""
+        return self.decision == "accepted"
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counts and wall times of a solution.
+
+    Acceptance rates are None where nothing was verified. ``num_target_tokens`` were written by the
+    target one by one; ``num_verified_tokens`` it read in parallel passes (catching up included).
+    """
+
+    seconds: float
+    num_prompt_tokens: int
+    num_tokens: int
+    num_steps: int
+    num_accepted_steps: int
+    num_accepted_tokens: int
+    num_drafted_tokens: int
+    num_target_tokens: int
+    num_verified_tokens: int
+    step_acceptance_rate: float | None
+    token_acceptance_rate: float | None
+    tokens_per_second: float
+    phase_seconds: dict[Phase, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    r"""A solved problem; ``answer`` is the content of the last balanced ``\boxed{}``, or None."""
+
+    problem: str
+    answer: str | None
+    text: str
+    finish_reason: FinishReason
+    steps: tuple[StepRecord, ...]
+    stats: Stats
+    method: Method
+    draft: str | None
+    target: str | None
+    seed: int
+    is_calibrated: bool
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; each step also says ``accepted``."""
+        data = asdict(replace(self, steps=()))
+        data["steps"] = [step_to_dict(step) for step in self.steps]
+        return data
+
+    def to_json(self, indent: int | None = None) -> str:
+        """One JSON object."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, indent=indent)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Solution":
+        """The inverse of `to_dict`.
+
+        Raises:
+            SpecguardError: another schema version, or a field that is missing or of a wrong type.
+        """
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise SpecguardError(
+                f"a solution of schema version {version} cannot be read",
+                f"this version of specguard reads schema version {SCHEMA_VERSION}",
+            )
+        try:
+            return _converter.structure(data, cls)
+        except Exception as error:
+            details = "; ".join(cattrs.transform_error(error))
+            raise SpecguardError(f"this is no stored solution: {details}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> "Solution":
+        """The inverse of `to_json`.
+
+        Raises:
+            SpecguardError: invalid JSON, or what `from_dict` refuses.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SpecguardError(f"this is not JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise SpecguardError("a stored solution is a JSON object")
+        return cls.from_dict(data)
+
+
+def step_to_dict(step: StepRecord) -> dict[str, Any]:
+    """Plain values for JSON, with ``accepted`` beside the fields."""
+    return {**asdict(step), "accepted": step.is_accepted}
+
+
+def summarise(
+    steps: Sequence[StepRecord], seconds: float, num_prompt_tokens: int, num_verified_tokens: int
+) -> Stats:
+    """Totals of a solution's steps."""
+    verified = [step for step in steps if step.decision != "plain"]
+    accepted = [step for step in verified if step.is_accepted]
+    num_tokens = sum(step.num_tokens for step in steps)
+    num_accepted_tokens = sum(step.num_tokens for step in accepted)
+    num_verified_steps_tokens = sum(step.num_tokens for step in verified)
+    phase_seconds: dict[Phase, float] = {}
+    for step in steps:
+        for phase, duration in step.seconds.items():
+            phase_seconds[phase] = phase_seconds.get(phase, 0.0) + duration
+    return Stats(
+        seconds=seconds,
+        num_prompt_tokens=num_prompt_tokens,
+        num_tokens=num_tokens,
+        num_steps=len(steps),
+        num_accepted_steps=len(accepted),
+        num_accepted_tokens=num_accepted_tokens,
+        num_drafted_tokens=sum(step.num_drafted for step in steps),
+        num_target_tokens=sum(step.num_tokens for step in steps if step.author == "target"),
+        num_verified_tokens=num_verified_tokens,
+        step_acceptance_rate=len(accepted) / len(verified) if verified else None,
+        token_acceptance_rate=(
+            num_accepted_tokens / num_verified_steps_tokens if num_verified_steps_tokens else None
+        ),
+        tokens_per_second=num_tokens / seconds if seconds > 0 else 0.0,
+        phase_seconds=phase_seconds,
+    )
+
+
+_converter = cattrs.Converter(prefer_attrib_converters=False)
