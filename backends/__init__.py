@@ -1,0 +1,1 @@
+"""Backends: implementations of `specguard.core.LanguageModel`, registered by name."""

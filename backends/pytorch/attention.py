@@ -1,0 +1,154 @@
+"""Attention for one pass: SDPA for the output and, while capturing, a step's attention blocks.
+
+Registered with transformers under a name of its own. The pass travels to it as a keyword argument
+of the model's forward, so nothing is patched and no state is global.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from specguard.core.errors import SpecguardError
+
+ATTENTION_NAME = "specguard"
+# What some models ask of their attention besides a mask and a scale.
+_UNSUPPORTED = ("softcap", "s_aux", "sliding_window", "position_bias")
+
+
+@dataclass(slots=True)
+class RowCapture:
+    """What to read for one batch row: its n step rows against its own columns.
+
+    ``columns`` [c + n - 1] are the buffer columns of positions 0 .. c+n-2; ``is_source`` [c].
+    """
+
+    columns: Tensor | slice
+    num_rows: int
+    is_source: Tensor
+    epsilon: float
+
+
+@dataclass(slots=True)
+class AttentionPass:
+    """One forward pass: who sees what, and what is captured.
+
+    ``mask`` [B, 1, q, columns] is True where a query may look; None means everywhere, or causally
+    from an empty cache. ``blocks`` [B] collects (source_mass, sink_mass, step) layer by layer.
+    """
+
+    mask: Tensor | None = None
+    is_causal: bool = False
+    captures: list[RowCapture | None] = field(default_factory=list)
+    blocks: list[list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=list)
+    first_layer: int = 0
+    num_layers_seen: int = 0
+
+
+def register() -> None:
+    """Make the attention known to transformers; more than once does no harm."""
+    AttentionInterface.register(ATTENTION_NAME, attend)
+    # Without a mask function of the same name, transformers passes no mask to a cached pass.
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    attention_pass: AttentionPass | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention output [B, q, heads, dim]; query [B, heads, q, dim], key [B, kv_heads, T, dim]."""
+    if attention_pass is None:
+        output, weights = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
+        return output, weights
+    attention_pass.num_layers_seen += 1
+    for option in _UNSUPPORTED:
+        if kwargs.get(option) is not None:
+            raise SpecguardError(
+                f"{type(module).__name__} uses attention with {option!r}, which is not supported",
+                "choose a model with plain attention in every layer",
+            )
+    batch, heads, length, dim = query.shape
+    kv_heads = key.shape[1]
+    groups = heads // kv_heads
+    if attention_pass.is_causal:
+        output = scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1
+        )
+    else:
+        # The heads of a group become further queries of their key head: no copy of the keys.
+        mask = attention_pass.mask
+        if mask is not None and groups > 1:
+            mask = mask.repeat(1, 1, groups, 1)
+        output = scaled_dot_product_attention(
+            query.reshape(batch, kv_heads, groups * length, dim),
+            key,
+            value,
+            attn_mask=mask,
+            scale=scaling,
+        ).view(batch, heads, length, value.shape[-1])
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if layer >= attention_pass.first_layer:
+        scale = dim**-0.5 if scaling is None else scaling
+        for row, capture in enumerate(attention_pass.captures):
+            if capture is not None:
+                block = attention_block(query[row], key[row], scale, capture)
+                attention_pass.blocks[row].append(block)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def attention_block(
+    query: Tensor, key: Tensor, scale: float, capture: RowCapture
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``source_mass`` [n], ``sink_mass`` [n] and ``step`` [n, n] of one layer, in float32.
+
+    Per head and row: softmax, drop weights below epsilon, drop sinks, renormalise; a row left empty
+    becomes its own token. Then the heads are averaged.
+
+    Args:
+        query: [heads, q, dim], the step's rows first.
+        key: [kv_heads, columns, dim].
+        scale: factor on the scores.
+        capture: the row's columns and sources.
+    """
+    n, context = capture.num_rows, len(capture.is_source)
+    keys = key[:, capture.columns].float()  # [kv_heads, c + n - 1, dim]
+    kv_heads, width, dim = keys.shape
+    grouped = query[:, :n].float().reshape(kv_heads, -1, dim)  # [kv_heads, groups * n, dim]
+    scores = torch.matmul(grouped * scale, keys.transpose(1, 2)).view(-1, n, width)
+    # Only the step's own columns can lie in a row's future.
+    future = torch.ones(n, n, dtype=torch.bool, device=query.device).triu_(1)
+    scores[:, :, context - 1 :].masked_fill_(future, float("-inf"))
+    weights = scores.softmax(-1)  # [heads, n, c + n - 1]
+
+    source, sink = capture.is_source, ~capture.is_source
+    in_context = weights[:, :, :context]
+    sink_mass = (in_context @ sink.float()).mean(0)
+    weights = torch.where(weights < capture.epsilon, 0.0, weights)
+    source_mass = weights[:, :, :context] @ source.float()  # [heads, n]
+    step = weights[:, :, context - 1 :].clone()  # [heads, n, n]
+    # Position c-1 is the step's first column and the context's last: counted there if a source,
+    # dropped if a sink.
+    step[:, :, 0] = 0.0
+    total = source_mass + step.sum(-1)
+    is_empty = total == 0
+    total = torch.where(is_empty, 1.0, total)
+    source_mass, step = source_mass / total, step / total.unsqueeze(-1)
+    step += torch.diag_embed(is_empty.float())
+    if bool(source[-1]):
+        source_mass[:, 0] += step[:, 0, 0]
+        step[:, 0, 0] = 0.0
+    return source_mass.mean(0), sink_mass, step.mean(0)

@@ -1,0 +1,62 @@
+"""The registered torch backends; torch is imported when one is asked for its status."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from specguard.backends.registry import BackendStatus
+from specguard.core.errors import UsageError
+from specguard.core.model import LanguageModel
+
+_INSTALL = "pip install 'specguard[torch]'"
+
+
+@dataclass(frozen=True, slots=True)
+class TorchBackend:
+    """One kind of torch device."""
+
+    name: str
+    weights: str = "torch"
+
+    def status(self) -> BackendStatus:
+        """Whether torch and transformers are installed and the device is there."""
+        for package in ("torch", "transformers"):
+            if find_spec(package) is None:
+                return BackendStatus(
+                    self.name, False, reason=f"{package} is not installed", hint=_INSTALL
+                )
+        import psutil
+        import torch
+
+        version = f"torch {torch.__version__}"
+        if self.name == "cuda":
+            if not torch.cuda.is_available():
+                hint = "a CUDA build of torch and an NVIDIA driver are needed, or --backend cpu"
+                return BackendStatus(
+                    self.name, False, version=version, reason="no CUDA GPU was found", hint=hint
+                )
+            properties = torch.cuda.get_device_properties(0)
+            return BackendStatus(self.name, True, properties.name, version, properties.total_memory)
+        if self.name == "mps" and not torch.backends.mps.is_available():
+            return BackendStatus(
+                self.name,
+                False,
+                version=version,
+                reason="no Metal GPU was found",
+                hint="MPS needs a Mac; choose --backend cpu",
+            )
+        device = f"{torch.get_num_threads()} threads" if self.name == "cpu" else "Metal GPU"
+        return BackendStatus(self.name, True, device, version, psutil.virtual_memory().total)
+
+    def load(
+        self, source: str, dtype: str, trust_remote_code: bool, device: str | None
+    ) -> LanguageModel[Any]:
+        """Load a model onto this backend's device."""
+        if device is not None and self.name != "cuda":
+            raise UsageError(f"backend {self.name!r} has one device: leave the number out")
+        from specguard.backends.pytorch.loading import load_model
+
+        return load_model(source, device or self.name, dtype, trust_remote_code)
+
+
+CPU, CUDA, MPS = TorchBackend("cpu"), TorchBackend("cuda"), TorchBackend("mps")

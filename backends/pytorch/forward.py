@@ -1,0 +1,251 @@
+"""Forward passes of a transformers model over rows of sequences, with masks and capture.
+
+A pass lays B sequences side by side as rows of one buffer. The k candidates of a sequence are
+further queries of its row, kept apart by the mask: the prefix is held once, whatever k is. Knows
+nothing of steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specguard.backends.pytorch.attention import ATTENTION_NAME, AttentionPass, RowCapture
+from specguard.backends.pytorch.kv import KVBuffer, PassCache, stack_rows
+from specguard.core.errors import SpecguardError
+from specguard.core.model import AttentionBlock, Capture, FloatArray
+
+SHARED = -1  # owner of columns that every query of the row may see
+NOBODY = -2  # owner of padding
+
+
+@dataclass(slots=True)
+class Layout:
+    """The columns of a pass: the buffer and, per row and column, position and owner [B, columns].
+
+    An owner is a candidate's number, SHARED or NOBODY. Every pass appends its columns.
+    """
+
+    buffer: KVBuffer
+    positions: Tensor
+    owners: Tensor
+
+    @property
+    def num_columns(self) -> int:
+        """Columns so far."""
+        return self.positions.shape[1]
+
+    def append(self, positions: Tensor, owners: Tensor) -> None:
+        """Take in the columns [B, q] of the next pass."""
+        self.positions = torch.cat([self.positions, positions], 1)
+        self.owners = torch.cat([self.owners, owners], 1)
+
+    def visible(self, positions: Tensor, owners: Tensor) -> Tensor:
+        """Which columns queries [B, q] may look at: [B, 1, q, columns]."""
+        is_past = self.positions.unsqueeze(1) <= positions.unsqueeze(2)
+        columns = self.owners.unsqueeze(1)
+        is_own = (columns == SHARED) | (columns == owners.unsqueeze(2))
+        return (is_past & is_own).unsqueeze(1)
+
+
+@dataclass(frozen=True, slots=True)
+class PassOutput:
+    """Final hidden states [B, q, H], logits [B, q, V], and blocks for rows with a capture."""
+
+    hidden: Tensor
+    logits: Tensor
+    blocks: list[tuple[AttentionBlock, ...] | None]
+
+
+class Forward:
+    """Runs the passes of one model.
+
+    Raises:
+        SpecguardError: the model keeps a state that cannot be cut back, or has attention that
+            these passes cannot express.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str, capture_refusal: str | None) -> None:
+        self.model = model.eval()
+        self.device = model.device
+        self.capture_refusal = capture_refusal
+        config = model.config.get_text_config()
+        self._num_layers = int(config.num_hidden_layers)
+        self._layer_types = set(getattr(config, "layer_types", None) or [])
+        self._window = getattr(config, "sliding_window", None)
+        self._has_own_attention = config._attn_implementation == ATTENTION_NAME
+        self._placeholder = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        self._head_input: Tensor | None = None
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Module):
+            raise SpecguardError(f"{name} has no output head: it is not a causal language model")
+        head.register_forward_pre_hook(self._keep_head_input)
+        self._probe(name)
+
+    def new_buffer(self) -> KVBuffer:
+        """An empty buffer."""
+        return KVBuffer(self._num_layers)
+
+    def tensor(self, values: Sequence[object] | NDArray[np.generic]) -> Tensor:
+        """Numbers as a tensor beside the model."""
+        if isinstance(values, np.ndarray):
+            return torch.from_numpy(values).to(self.device)
+        return torch.tensor(values, device=self.device)
+
+    def layout(self, buffers: list[KVBuffer], lengths: list[int]) -> Layout:
+        """Rows for a pass: a single buffer as it is, several stacked."""
+        buffer = buffers[0] if len(buffers) == 1 else stack_rows(buffers, lengths)
+        columns = torch.arange(max(lengths), device=self.device).repeat(len(lengths), 1)
+        is_held = columns < self.tensor(lengths).unsqueeze(1)
+        return Layout(buffer, columns, torch.where(is_held, SHARED, NOBODY))
+
+    def prefill(self, buffer: KVBuffer, token_ids: Sequence[int]) -> None:
+        """Fill an empty buffer with the columns of a prompt; no logits are computed."""
+        layout = self.layout([buffer], [0])
+        positions = torch.arange(len(token_ids), device=self.device).unsqueeze(0)
+        owners = torch.full_like(positions, SHARED)
+        layout.append(positions, owners)
+        attention = AttentionPass(is_causal=True)
+        self._call(
+            self.model.base_model, layout, self.tensor([token_ids]), positions, owners, attention
+        )
+
+    def run(
+        self,
+        layout: Layout,
+        tokens: list[list[int]],
+        positions: list[list[int]],
+        owners: list[list[int]] | None = None,
+        captures: Sequence[Capture | None] | None = None,
+    ) -> PassOutput:
+        """Forward up to q tokens a row and append their columns.
+
+        Args:
+            layout: what the rows hold so far.
+            tokens: token ids, [B][<= q]; shorter rows are padded.
+            positions: their positions in the sequence.
+            owners: the candidate that each belongs to; None makes all part of their row.
+            captures: what to read of each row's attention, nothing by default.
+        """
+        first_column = layout.num_columns
+        token_grid, position_grid = self._grid(tokens, 0), self._grid(positions, 0)
+        owner_grid = self._grid(owners or [[SHARED] * len(row) for row in tokens], NOBODY)
+        layout.append(position_grid, owner_grid)
+        attention = AttentionPass()
+        # One query that sees every column needs no mask.
+        if len(tokens) > 1 or len(tokens[0]) > 1 or owners is not None:
+            attention.mask = layout.visible(position_grid, owner_grid)
+        captures = captures or [None] * len(tokens)
+        for capture, row in zip(captures, tokens, strict=True):
+            attention.captures.append(self._row_capture(capture, len(row), first_column))
+            attention.blocks.append([])
+        wanted_layers = (capture.num_layers for capture in captures if capture is not None)
+        attention.first_layer = self._num_layers - max(wanted_layers, default=0)
+        output = self._call(self.model, layout, token_grid, position_grid, owner_grid, attention)
+        hidden, self._head_input = self._head_input, None
+        assert hidden is not None
+        blocks = [
+            _attention_blocks(found) if capture is not None else None
+            for capture, found in zip(captures, attention.blocks, strict=True)
+        ]
+        return PassOutput(hidden, output.logits, blocks)
+
+    def _call(
+        self,
+        module: nn.Module,
+        layout: Layout,
+        tokens: Tensor,
+        positions: Tensor,
+        owners: Tensor,
+        attention: AttentionPass,
+    ) -> Any:
+        cache = PassCache(layout.buffer, layout.num_columns - tokens.shape[1])
+        if self._has_own_attention:
+            # The pass carries the real mask; a 4D mask is handed through by transformers as it is.
+            mask: Tensor | dict[str, Tensor] = self._placeholder
+            extra: dict[str, Any] = {"attention_pass": attention}
+        else:
+            mask, extra = self._additive_masks(layout, positions, owners), {}
+        output = module(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **extra,
+        )
+        if cache.num_updates != self._num_layers or (extra and attention.num_layers_seen == 0):
+            raise SpecguardError(
+                f"{type(self.model).__name__} keeps its keys and values in a way of its own: "
+                f"{cache.num_updates} of {self._num_layers} layers use the cache they are given",
+                "choose a model with plain attention in every layer",
+            )
+        return output
+
+    def _additive_masks(
+        self, layout: Layout, positions: Tensor, owners: Tensor
+    ) -> Tensor | dict[str, Tensor]:
+        """Masks for a model's own attention, by layer type where it has several."""
+        visible = layout.visible(positions, owners)
+        masks = {"full_attention": visible}
+        if self._window is not None:
+            distance = positions.unsqueeze(2) - layout.positions.unsqueeze(1)
+            masks["sliding_attention"] = visible & (distance < self._window).unsqueeze(1)
+        lowest = torch.finfo(self.model.dtype).min
+        additive = {
+            kind: torch.zeros_like(mask, dtype=self.model.dtype).masked_fill_(~mask, lowest)
+            for kind, mask in masks.items()
+        }
+        if self._layer_types:
+            return {kind: additive[kind] for kind in self._layer_types}
+        return additive.get("sliding_attention", additive["full_attention"])
+
+    def _row_capture(
+        self, capture: Capture | None, num_rows: int, first_column: int
+    ) -> RowCapture | None:
+        if capture is None:
+            return None
+        context = len(capture.is_source)
+        columns: Tensor | slice = slice(0, context + num_rows - 1)
+        if first_column != context - 1:  # padding lies between the context and the step
+            columns = torch.cat(
+                [
+                    torch.arange(context - 1, device=self.device),
+                    torch.arange(first_column, first_column + num_rows, device=self.device),
+                ]
+            )
+        return RowCapture(columns, num_rows, self.tensor(capture.is_source), capture.epsilon)
+
+    def _grid(self, rows: list[list[int]], filler: int) -> Tensor:
+        width = max(map(len, rows))
+        return self.tensor([row + [filler] * (width - len(row)) for row in rows])
+
+    def _keep_head_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._head_input = inputs[0]
+
+    @torch.inference_mode()
+    def _probe(self, name: str) -> None:
+        try:
+            self.run(self.layout([self.new_buffer()], [0]), [[0, 1, 2]], [[0, 1, 2]])
+        except SpecguardError:
+            raise
+        except Exception as error:
+            raise SpecguardError(
+                f"{name} ({type(self.model).__name__}) cannot be run step by step: {error}",
+                "choose a decoder-only model with plain attention in every layer",
+            ) from error
+
+
+def _attention_blocks(
+    layers: list[tuple[Tensor, Tensor, Tensor]],
+) -> tuple[AttentionBlock, ...]:
+    def numpy(tensor: Tensor) -> FloatArray:
+        array: FloatArray = tensor.cpu().numpy()
+        return array
+
+    return tuple(AttentionBlock(*map(numpy, layer)) for layer in layers)

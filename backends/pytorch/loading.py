@@ -1,0 +1,172 @@
+"""Loading a checkpoint into torch: device, dtype, memory, and which models can be used."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from specguard.backends.checkpoint import Checkpoint, open_checkpoint
+from specguard.backends.pytorch.attention import ATTENTION_NAME, register
+from specguard.backends.pytorch.forward import Forward
+from specguard.backends.pytorch.model import TorchModel
+from specguard.backends.tokenizer import FolderTokenizer
+from specguard.core.errors import SpecguardError
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_USABLE_LAYERS = {"full_attention", "sliding_attention"}
+_GIB = 2**30
+
+
+def load_model(
+    source: str, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False
+) -> TorchModel:
+    """Load a folder or a downloaded hub id (``owner/name[@revision]``).
+
+    ``dtype`` "auto" is bfloat16 on CUDA, float16 on MPS and float32 on a CPU.
+
+    Raises:
+        SpecguardError: no such device, too little memory, or a checkpoint that is missing, broken
+            or of a kind that cannot be cut back.
+    """
+    place = _device(device)
+    number_type = _dtype(dtype, place)
+    checkpoint = open_checkpoint(source)
+    _check_usable(checkpoint)
+    _check_memory(checkpoint, place, number_type)
+    refusal = capture_refusal(checkpoint)
+    tokenizer = FolderTokenizer(checkpoint.folder, trust_remote_code)
+    register()
+    try:
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder,
+                dtype=number_type,
+                attn_implementation=ATTENTION_NAME if refusal is None else "eager",
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+            ).to(place)
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(checkpoint, place) from error
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SpecguardError(
+            f"{source} ({checkpoint.model_type}) cannot be loaded: {reason}",
+            "a model with code of its own needs --trust-remote-code"
+            if "trust_remote_code" in str(error)
+            else "",
+        ) from error
+    text_config = model.config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None)
+    return TorchModel(
+        source,
+        Forward(model, source, refusal),
+        tokenizer,
+        context_limit=int(limit) if limit else 2**31,
+    )
+
+
+def capture_refusal(checkpoint: Checkpoint) -> str | None:
+    """Why a checkpoint's attention cannot be captured, or None."""
+    config = checkpoint.config.get("text_config") or checkpoint.config
+    if config.get("attn_logit_softcapping"):
+        return f"{checkpoint.model_type} soft-caps its attention scores"
+    if _has_sliding_window(config):
+        return f"{checkpoint.model_type} has sliding-window layers"
+    return None
+
+
+def _has_sliding_window(config: dict[str, object]) -> bool:
+    layer_types = config.get("layer_types")
+    if isinstance(layer_types, list):
+        return "sliding_attention" in layer_types
+    return (
+        bool(config.get("sliding_window")) and config.get("use_sliding_window", True) is not False
+    )
+
+
+def _check_usable(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config.get("text_config") or checkpoint.config
+    unusable = set(config.get("layer_types") or []) - _USABLE_LAYERS
+    if unusable:
+        raise SpecguardError(
+            f"{checkpoint.name} ({checkpoint.model_type}) has layers whose state cannot be cut "
+            f"back: {', '.join(sorted(unusable))}",
+            "choose a model with attention in every layer",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    free: int
+    name: str
+
+
+def _check_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    needed = checkpoint.num_parameters * dtype.itemsize
+    if device.type == "cuda":
+        memory = _Memory(torch.cuda.mem_get_info(device)[0], f"GPU {device}")
+    else:
+        memory = _Memory(psutil.virtual_memory().available, "this machine")
+    if needed > memory.free:
+        raise SpecguardError(
+            f"{checkpoint.name} needs {needed / _GIB:.1f} GiB and {memory.name} has "
+            f"{memory.free / _GIB:.1f} GiB free",
+            "choose a smaller pair, --dtype bfloat16, or close other programs",
+        )
+
+
+def _out_of_memory(checkpoint: Checkpoint, device: torch.device) -> SpecguardError:
+    return SpecguardError(
+        f"{checkpoint.name} does not fit into the memory of {device}",
+        "choose a smaller pair, or close other programs",
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SpecguardError(f"torch knows no device {name!r}") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SpecguardError(
+                "no CUDA GPU can be used here",
+                "choose --backend cpu; with a GPU, install a CUDA build of torch and its driver",
+            )
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise SpecguardError(
+                f"there is no GPU {name}: this machine has {torch.cuda.device_count()}"
+            )
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise SpecguardError(
+            "no Metal GPU can be used by torch here", "choose --backend cpu; MPS needs a Mac"
+        )
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        by_device = {"cuda": torch.bfloat16, "mps": torch.float16}
+        return by_device.get(device.type, torch.float32)
+    if name not in _DTYPES:
+        raise SpecguardError(f"unknown dtype {name!r}", f"dtypes: auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and warnings of transformers while weights load; settings are put back."""
+    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,463 @@
+"""The seam's verbs over a transformers causal language model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specguard.backends.pytorch.forward import Forward, Layout, PassOutput
+from specguard.backends.pytorch.kv import KVBuffer
+from specguard.backends.pytorch.sampling import describe, draw, warp
+from specguard.core.errors import SpecguardError
+from specguard.core.model import (
+    Acceptance,
+    Boundary,
+    Candidate,
+    CandidateFinish,
+    Capture,
+    FloatArray,
+    Observation,
+    Prompt,
+    Sampling,
+    Tokenizer,
+)
+from specguard.core.text import PieceTable, StepScanner
+
+
+class TorchSequence:
+    """Token ids and their KV: all but the last token, which is pending."""
+
+    def __init__(self, token_ids: list[int], buffer: KVBuffer) -> None:
+        self.token_ids = token_ids
+        self.version = 0  # grows with every change; what was proposed before it is stale
+        self._buffer: KVBuffer | None = buffer
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the KV has been given back."""
+        return self._buffer is None
+
+    @property
+    def num_cached(self) -> int:
+        """Columns of the buffer that hold this sequence."""
+        return len(self.token_ids) - 1
+
+    def fork(self) -> "TorchSequence":
+        """An independent sequence; the buffer is shared until one of the two writes."""
+        buffer = self._open_buffer()
+        buffer.num_users += 1
+        return TorchSequence(list(self.token_ids), buffer)
+
+    def close(self) -> None:
+        """Give the KV back."""
+        if self._buffer is not None:
+            self._buffer.num_users -= 1
+            self._buffer = None
+
+    def readable(self) -> KVBuffer:
+        """The buffer, for reading the cached columns."""
+        return self._open_buffer()
+
+    def writable(self) -> KVBuffer:
+        """The buffer, for this sequence alone."""
+        buffer = self._open_buffer()
+        if buffer.num_users > 1:
+            buffer.num_users -= 1
+            buffer = self._buffer = buffer.copy(self.num_cached)
+        return buffer
+
+    def append(self, token_ids: Sequence[int]) -> None:
+        """Take tokens in; their columns, the last one's apart, are in the buffer already."""
+        self.token_ids.extend(token_ids)
+        self.version += 1
+
+    def truncate(self, length: int) -> None:
+        """Drop the tokens from ``length`` on; their columns are overwritten in time."""
+        del self.token_ids[length:]
+        self.version += 1
+
+    def _open_buffer(self) -> KVBuffer:
+        if self._buffer is None:
+            raise ValueError("the sequence is closed")
+        return self._buffer
+
+
+@dataclass(slots=True)
+class _Handle:
+    """Where a candidate's KV lies, and its warped distributions [n, V] if they were kept."""
+
+    sequence: TorchSequence
+    version: int
+    buffer: KVBuffer
+    row: int
+    columns: list[int]
+    distributions: Tensor | None
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A candidate in the making."""
+
+    row: int
+    scanner: StepScanner
+    columns: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    finish: CandidateFinish | None = None
+
+
+class TorchModel:
+    """A `LanguageModel` on torch. Make one with `specguard.backends.pytorch.load_model`."""
+
+    def __init__(
+        self, name: str, forward: Forward, tokenizer: Tokenizer, context_limit: int
+    ) -> None:
+        self._name = name
+        self._forward = forward
+        self._tokenizer = tokenizer
+        self._context_limit = context_limit
+        self._pieces = PieceTable(tokenizer)
+
+    @property
+    def name(self) -> str:
+        """Folder or hub id."""
+        return self._name
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's own tokenizer."""
+        return self._tokenizer
+
+    @property
+    def context_limit(self) -> int:
+        """Most tokens that a sequence may hold."""
+        return self._context_limit
+
+    @property
+    def capture_refusal(self) -> str | None:
+        """Why attention cannot be captured, or None."""
+        return self._forward.capture_refusal
+
+    @torch.inference_mode()
+    def start(self, prompt: Prompt) -> TorchSequence:
+        """Forward all tokens of the prompt but the last."""
+        if not prompt.token_ids:
+            raise ValueError("a prompt needs at least one token")
+        sequence = TorchSequence([prompt.token_ids[0]], self._forward.new_buffer())
+        self._check_room(sequence, len(prompt.token_ids) - 1)
+        if len(prompt.token_ids) > 1:
+            self._forward.prefill(sequence.writable(), prompt.token_ids[:-1])
+        sequence.append(prompt.token_ids[1:])
+        return sequence
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        sequences: Sequence[TorchSequence],
+        num_candidates: int,
+        sampling: Sampling,
+        boundary: Boundary,
+        uniforms: FloatArray,
+        keep_distributions: bool = False,
+    ) -> list[list[Candidate]]:
+        """Sample steps, all sequences and candidates side by side; each stops at its boundary."""
+        shape = (len(sequences), num_candidates, boundary.max_tokens)
+        if uniforms.shape != shape:
+            raise ValueError(f"uniforms must have shape {shape}, not {uniforms.shape}")
+        layout = self._open(sequences)
+        for sequence in sequences:
+            self._check_room(sequence, boundary.max_tokens)
+            sequence.version += 1  # the columns behind the sequence are about to be written
+        draws = self._forward.tensor(uniforms.reshape(-1, boundary.max_tokens))
+        drafts = [
+            _Draft(row, StepScanner(self._pieces, boundary), [layout.num_columns])
+            for row in range(len(sequences))
+            for _ in range(num_candidates)
+        ]
+        output = self._forward.run(
+            layout,
+            [[sequence.token_ids[-1]] for sequence in sequences],
+            [[sequence.num_cached] for sequence in sequences],
+        )
+        alive = list(range(len(drafts)))
+        found = self._forward.tensor([draft.row for draft in drafts])
+        trail: list[tuple[list[int], Tensor, Tensor, Tensor, Tensor | None]] = []
+        position = 0
+        while True:
+            hidden, logits = output.hidden.flatten(0, 1)[found], output.logits.flatten(0, 1)[found]
+            needs_probs = keep_distributions or not sampling.is_greedy
+            probs = warp(logits, sampling) if needs_probs else None
+            if probs is None or sampling.is_greedy:
+                ids = logits.argmax(-1)
+            else:
+                ids = draw(probs, draws[alive, position])
+            kept = probs if keep_distributions else None
+            trail.append((alive, *describe(logits, ids), hidden, kept))
+            next_alive = []
+            for index, token_id in zip(alive, ids.tolist(), strict=True):
+                draft = drafts[index]
+                draft.token_ids.append(token_id)
+                draft.finish = draft.scanner.feed(token_id)
+                if draft.finish is None:
+                    next_alive.append(index)
+            if not next_alive:
+                break
+            alive = next_alive
+            position += 1
+            output, found = self._decode(layout, sequences, drafts, alive, num_candidates)
+        candidates = self._candidates(sequences, layout, drafts, trail)
+        return [
+            candidates[row * num_candidates : (row + 1) * num_candidates]
+            for row in range(len(sequences))
+        ]
+
+    @torch.inference_mode()
+    def commit(self, sequences: Sequence[TorchSequence], candidates: Sequence[Candidate]) -> None:
+        """Move a candidate's columns to the end of its sequence."""
+        for sequence, candidate in zip(sequences, candidates, strict=True):
+            handle = candidate.handle
+            if (
+                not isinstance(handle, _Handle)
+                or handle.sequence is not sequence
+                or handle.version != sequence.version
+            ):
+                raise ValueError("the candidate is stale or of another sequence")
+            self._keep_columns(sequence, handle.buffer, handle.row, handle.columns)
+            sequence.append(candidate.token_ids)
+
+    @torch.inference_mode()
+    def extend(
+        self,
+        sequences: Sequence[TorchSequence],
+        continuations: Sequence[Sequence[int]],
+        captures: Sequence[Capture | None] | None = None,
+        hidden_state: bool = False,
+    ) -> list[Observation]:
+        """Forward the pending tokens and all but the last of the new ones; observe the new ones."""
+        captures = captures if captures is not None else [None] * len(sequences)
+        for sequence, token_ids, capture in zip(sequences, continuations, captures, strict=True):
+            if not token_ids:
+                raise ValueError("a continuation needs at least one token")
+            self._check_room(sequence, len(token_ids))
+            if capture is not None and len(capture.is_source) != len(sequence.token_ids):
+                raise ValueError("a capture must mark every context token as source or sink")
+        inputs = [
+            [sequence.token_ids[-1], *token_ids[:-1]]
+            for sequence, token_ids in zip(sequences, continuations, strict=True)
+        ]
+        layout, output = self._read(sequences, inputs, captures)
+        first_column = layout.num_columns - output.logits.shape[1]
+        observations = []
+        for row, (sequence, token_ids) in enumerate(zip(sequences, continuations, strict=True)):
+            n = len(token_ids)
+            wanted = self._forward.tensor(list(token_ids))
+            logprobs, entropies = describe(output.logits[row, :n], wanted)
+            columns = list(range(first_column, first_column + n))
+            self._keep_columns(sequence, layout.buffer, row, columns)
+            sequence.append(token_ids)
+            observations.append(
+                Observation(
+                    token_logprobs=_numpy(logprobs),
+                    token_entropies=_numpy(entropies),
+                    blocks=output.blocks[row],
+                    last_hidden_state=_numpy(output.hidden[row, n - 1]) if hidden_state else None,
+                )
+            )
+        return observations
+
+    @torch.inference_mode()
+    def accept(
+        self,
+        sequences: Sequence[TorchSequence],
+        candidates: Sequence[Candidate],
+        sampling: Sampling,
+        uniforms: FloatArray,
+    ) -> list[Acceptance]:
+        """Judge drafted tokens in one pass; keep the longest accepted run and what follows it."""
+        inputs = []
+        for sequence, candidate in zip(sequences, candidates, strict=True):
+            if not isinstance(candidate.handle, _Handle) or candidate.handle.distributions is None:
+                raise ValueError("the candidate was proposed without keep_distributions")
+            self._check_room(sequence, len(candidate.token_ids))
+            inputs.append([sequence.token_ids[-1], *candidate.token_ids])
+        layout, output = self._read(sequences, inputs)
+        first_column = layout.num_columns - output.logits.shape[1]
+        acceptances = []
+        for row, (sequence, candidate) in enumerate(zip(sequences, candidates, strict=True)):
+            assert isinstance(candidate.handle, _Handle)
+            drafted = candidate.handle.distributions
+            assert drafted is not None
+            n = len(candidate.token_ids)
+            logits = output.logits[row, : n + 1]
+            num_accepted, token_ids = _accept_tokens(
+                warp(logits, sampling), drafted, candidate, uniforms[row]
+            )
+            has_room = len(sequence.token_ids) + len(token_ids) <= self.context_limit
+            token_ids = token_ids if has_room else token_ids[:-1]
+            logprobs, _ = describe(logits[: len(token_ids)], self._forward.tensor(token_ids))
+            columns = list(range(first_column, first_column + len(token_ids)))
+            self._keep_columns(sequence, layout.buffer, row, columns)
+            sequence.append(token_ids)
+            acceptances.append(Acceptance(num_accepted, tuple(token_ids), _numpy(logprobs)))
+        return acceptances
+
+    def rewind(self, sequence: TorchSequence, length: int) -> None:
+        """Cut the sequence back; the KV behind it is overwritten by what comes next."""
+        sequence.readable()
+        if not 1 <= length <= len(sequence.token_ids):
+            raise ValueError(f"cannot rewind {len(sequence.token_ids)} tokens to {length}")
+        sequence.truncate(length)
+
+    def _open(self, sequences: Sequence[TorchSequence]) -> Layout:
+        if len({id(sequence) for sequence in sequences}) != len(sequences) or not sequences:
+            raise ValueError("a call needs distinct sequences, at least one")
+        if len(sequences) == 1:
+            return self._forward.layout([sequences[0].writable()], [sequences[0].num_cached])
+        return self._forward.layout(
+            [sequence.readable() for sequence in sequences],
+            [sequence.num_cached for sequence in sequences],
+        )
+
+    def _decode(
+        self,
+        layout: Layout,
+        sequences: Sequence[TorchSequence],
+        drafts: list[_Draft],
+        alive: list[int],
+        num_candidates: int,
+    ) -> tuple[PassOutput, Tensor]:
+        """Forward the newest token of every unfinished candidate; also each one's flat slot."""
+        num_rows = len(sequences)
+        tokens: list[list[int]] = [[] for _ in range(num_rows)]
+        positions: list[list[int]] = [[] for _ in range(num_rows)]
+        owners: list[list[int]] = [[] for _ in range(num_rows)]
+        slots: list[tuple[int, int]] = []
+        for index in alive:
+            draft = drafts[index]
+            row = draft.row
+            slots.append((row, len(tokens[row])))
+            draft.columns.append(layout.num_columns + len(tokens[row]))
+            tokens[row].append(draft.token_ids[-1])
+            positions[row].append(sequences[row].num_cached + len(draft.token_ids))
+            owners[row].append(index % num_candidates)
+        width = max(map(len, tokens))
+        is_alone = num_rows == 1 and num_candidates == 1
+        output = self._forward.run(layout, tokens, positions, None if is_alone else owners)
+        return output, self._forward.tensor([row * width + slot for row, slot in slots])
+
+    def _candidates(
+        self,
+        sequences: Sequence[TorchSequence],
+        layout: Layout,
+        drafts: list[_Draft],
+        trail: list[tuple[list[int], Tensor, Tensor, Tensor, Tensor | None]],
+    ) -> list[Candidate]:
+        # One transfer per quantity for the whole step, not one per token.
+        order = np.concatenate([alive for alive, *_ in trail])
+        logprobs = _numpy(torch.cat([entry[1] for entry in trail]))
+        entropies = _numpy(torch.cat([entry[2] for entry in trail]))
+        hidden = torch.cat([entry[3] for entry in trail]).float()
+        sums = hidden.new_zeros(len(drafts), hidden.shape[1])
+        sums.index_add_(0, self._forward.tensor(order), hidden)
+        embeddings = _numpy(sums)
+        candidates = []
+        for index, draft in enumerate(drafts):
+            mine = order == index
+            kept = [
+                entry[4][entry[0].index(index)]
+                for entry in trail
+                if entry[4] is not None and index in entry[0]
+            ]
+            sequence = sequences[draft.row]
+            assert draft.finish is not None
+            candidates.append(
+                Candidate(
+                    token_ids=tuple(draft.token_ids),
+                    text=self._tokenizer.decode(draft.token_ids),
+                    token_logprobs=logprobs[mine],
+                    token_entropies=entropies[mine],
+                    finish=draft.finish,
+                    embedding=embeddings[index] / len(draft.token_ids),
+                    handle=_Handle(
+                        sequence=sequence,
+                        version=sequence.version,
+                        buffer=layout.buffer,
+                        row=draft.row,
+                        columns=draft.columns,
+                        distributions=torch.stack(kept) if kept else None,
+                    ),
+                )
+            )
+        return candidates
+
+    def _read(
+        self,
+        sequences: Sequence[TorchSequence],
+        inputs: list[list[int]],
+        captures: Sequence[Capture | None] | None = None,
+    ) -> tuple[Layout, PassOutput]:
+        """One causal pass over given tokens."""
+        if self.capture_refusal is not None and any(c is not None for c in captures or []):
+            raise SpecguardError(
+                f"the attention of {self.name} cannot be captured: {self.capture_refusal}",
+                "verify by log-probability alone: --beta 1",
+            )
+        layout = self._open(sequences)
+        positions = []
+        for sequence, tokens in zip(sequences, inputs, strict=True):
+            sequence.version += 1
+            positions.append(list(range(sequence.num_cached, sequence.num_cached + len(tokens))))
+        return layout, self._forward.run(layout, inputs, positions, captures=captures)
+
+    def _keep_columns(
+        self, sequence: TorchSequence, buffer: KVBuffer, row: int, columns: list[int]
+    ) -> None:
+        """Make the columns the next ones of the sequence; they often lie there already."""
+        own = sequence.writable()
+        start = sequence.num_cached
+        if own is buffer and columns == list(range(start, start + len(columns))):
+            return
+        own.copy_columns(start, buffer, row, self._forward.tensor(columns))
+
+    def _check_room(self, sequence: TorchSequence, num_new: int) -> None:
+        wanted = len(sequence.token_ids) + num_new
+        if wanted > self.context_limit:
+            raise SpecguardError(
+                f"{wanted} tokens do not fit the context window of {self.context_limit}",
+                "shorten the problem or choose a model with a longer context",
+            )
+
+
+def _accept_tokens(
+    judged: Tensor, drafted: Tensor, candidate: Candidate, uniforms: FloatArray
+) -> tuple[int, list[int]]:
+    """Accept token t with probability min(1, p/q), else draw from max(0, p - q), normalised.
+
+    ``judged`` [n + 1, V] are the warped p, ``drafted`` [n, V'] the warped q; the narrower of two
+    padded vocabularies gets probability 0 in its missing columns.
+    """
+    n = len(candidate.token_ids)
+    width = max(judged.shape[1], drafted.shape[1])
+    judged = torch.nn.functional.pad(judged, (0, width - judged.shape[1]))
+    drafted = torch.nn.functional.pad(drafted.to(judged.device), (0, width - drafted.shape[1]))
+    wanted = torch.tensor(candidate.token_ids, device=judged.device).unsqueeze(-1)
+    p = judged[:n].gather(1, wanted).squeeze(1).tolist()
+    q = drafted.gather(1, wanted).squeeze(1).tolist()
+    num_accepted = 0
+    while num_accepted < n and uniforms[num_accepted] * q[num_accepted] < p[num_accepted]:
+        num_accepted += 1
+    kept = list(candidate.token_ids[:num_accepted])
+    if num_accepted < n:
+        remaining = (judged[num_accepted] - drafted[num_accepted]).clamp(min=0)
+    elif candidate.finish == "length":
+        remaining = judged[n]
+    else:
+        return num_accepted, kept
+    last = torch.tensor([uniforms[n]], dtype=remaining.dtype, device=remaining.device)
+    return num_accepted, [*kept, int(draw(remaining.unsqueeze(0), last))]
+
+
+def _numpy(tensor: Tensor) -> FloatArray:
+    array: FloatArray = tensor.float().cpu().numpy()
+    return array

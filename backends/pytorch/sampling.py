@@ -1,0 +1,41 @@
+"""From logits to tokens: log-probabilities, warping by temperature and top-p, inverse CDF."""
+
+import torch
+from torch import Tensor
+
+from specguard.core.model import Sampling
+
+
+def describe(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob of a token and entropy (nats) of each row [N, V], at temperature 1, in float32."""
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    return chosen, torch.special.entr(logprobs.exp()).sum(-1)
+
+
+def warp(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities [N, V] after temperature and top-p; one-hot where sampling is greedy.
+
+    Top-p keeps the fewest most probable tokens whose mass reaches it, and any that tie with the
+    last of them.
+    """
+    if sampling.is_greedy:
+        best = logits.argmax(-1, keepdim=True)
+        return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, best, 1.0)
+    probs = (logits.float() / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        ordered = probs.sort(-1, descending=True).values
+        is_kept = ordered.cumsum(-1) - ordered < sampling.top_p
+        smallest = torch.where(is_kept, ordered, 1.0).amin(-1, keepdim=True)
+        probs = torch.where(probs < smallest, 0.0, probs)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
+
+def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """The inverse CDF [N] of weights [N, V], in order of token ids; rows need not sum to 1."""
+    cdf = probs.cumsum(-1)
+    total = cdf[:, -1:]
+    # Just below the total, so that rounding never reaches past the last possible token.
+    wanted = torch.minimum(uniforms.unsqueeze(-1) * total, total * (1 - 2**-22))
+    return torch.searchsorted(cdf, wanted, right=True).squeeze(-1)

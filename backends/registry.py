@@ -1,0 +1,130 @@
+"""Backends by name. Importing this module imports no framework; choosing a backend does."""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Protocol, cast
+
+from specguard.core.errors import SpecguardError, UsageError
+from specguard.core.model import LanguageModel
+
+ENTRY_POINT_GROUP = "specguard.backends"
+AUTO = "auto"
+# Name to "module:attribute"; the attribute is a `Backend`, its module imports no framework.
+BUILT_IN: Mapping[str, str] = {
+    "mlx": "specguard.backends.mlx.backend:MLX",
+    "cuda": "specguard.backends.pytorch.backend:CUDA",
+    "mps": "specguard.backends.pytorch.backend:MPS",
+    "cpu": "specguard.backends.pytorch.backend:CPU",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BackendStatus:
+    """Whether a backend works here; if not, why and what to do."""
+
+    name: str
+    is_usable: bool
+    device: str = ""
+    version: str = ""
+    memory_bytes: int | None = None
+    reason: str = ""
+    hint: str = ""
+
+
+class Backend(Protocol):
+    """What a registered backend offers."""
+
+    @property
+    def weights(self) -> str:
+        """Which of a pair's checkpoints it loads: ``torch`` or ``mlx``."""
+
+    def status(self) -> BackendStatus:
+        """Whether it works here, found out without loading a model."""
+
+    def load(
+        self, source: str, dtype: str, trust_remote_code: bool, device: str | None
+    ) -> LanguageModel[Any]:
+        """Load a folder or a downloaded hub id; ``device`` is what followed the name, if anything.
+
+        Raises:
+            SpecguardError: it cannot be loaded; the message says why.
+        """
+
+
+def backend_names() -> tuple[str, ...]:
+    """Names of all registered backends, third parties' included."""
+    return tuple(BUILT_IN) + tuple(
+        entry.name for entry in entry_points(group=ENTRY_POINT_GROUP) if entry.name not in BUILT_IN
+    )
+
+
+def find_backend(name: str) -> Backend:
+    """The backend called ``name``, usable or not.
+
+    Raises:
+        UsageError: no backend has this name; the nearest one is suggested.
+        SpecguardError: it is registered, and its code is not here.
+    """
+    if name in BUILT_IN:
+        module, _, attribute = BUILT_IN[name].partition(":")
+        try:
+            backend: Backend = getattr(import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            raise SpecguardError(
+                f"backend {name!r} is not part of this version of specguard",
+                "choose --backend auto; specguard backends lists what is usable here",
+            ) from error
+        return backend
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        if entry.name == name:
+            return cast(Backend, entry.load())
+    known = (AUTO, *backend_names())
+    nearest = get_close_matches(name, known, 1, 0.4)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    raise UsageError(f"no backend is called {name!r}", f"{hint}backends: {', '.join(known)}")
+
+
+def backend_status(name: str) -> BackendStatus:
+    """The status of a backend, also where its code is missing."""
+    try:
+        return find_backend(name).status()
+    except UsageError:
+        raise
+    except SpecguardError as error:
+        return BackendStatus(name, False, reason=error.message, hint=error.hint)
+
+
+def choose_backend(name: str) -> tuple[str, Backend, str | None]:
+    """A usable backend for ``auto``, a name, or a name with a device number (``cuda:1``).
+
+    ``auto`` takes MLX on Apple silicon, CUDA where there is a GPU, else the CPU.
+
+    Returns:
+        The backend's name, the backend, and the device that followed the name.
+
+    Raises:
+        UsageError: no backend has this name.
+        SpecguardError: it is not usable here; says what to install.
+    """
+    if name == AUTO:
+        name = next(
+            (candidate for candidate in _auto_order() if backend_status(candidate).is_usable),
+            "cpu",
+        )
+    base, _, number = name.partition(":")
+    if number and not number.isdigit():
+        raise UsageError(f"no backend is called {name!r}", "a device is a number: cuda:1")
+    backend = find_backend(base)
+    status = backend.status()
+    if not status.is_usable:
+        raise SpecguardError(f"backend {base!r} cannot be used: {status.reason}", status.hint)
+    return base, backend, name if number else None
+
+
+def _auto_order() -> tuple[str, ...]:
+    is_apple_silicon = platform.system() == "Darwin" and platform.machine() == "arm64"
+    return ("mlx", "cuda") if is_apple_silicon else ("cuda",)
