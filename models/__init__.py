@@ -1,0 +1,1 @@
+"""Model pairs: the built-in one, presets of hub checkpoints, and the user's choice."""
