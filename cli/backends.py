@@ -1,0 +1,32 @@
+"""``specguard backends``: what can be used here, and why not."""
+
+import click
+from rich.table import Table
+
+from specguard.backends.registry import backend_names, backend_status, choose_backend
+from specguard.cli.output import console
+
+_GIB = 2**30
+
+
+@click.command()
+def backends() -> None:
+    """List backends: which are usable here, and what the others lack."""
+    chosen, _, _ = choose_backend("auto")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("backend", "usable", "device", "version", "memory", "why not"):
+        table.add_column(heading, overflow="fold")
+    for name in backend_names():
+        status = backend_status(name)
+        memory = f"{status.memory_bytes / _GIB:.0f} GiB" if status.memory_bytes else ""
+        reason = ". ".join(part for part in (status.reason, status.hint) if part)
+        table.add_row(
+            name + (" *" if name == chosen else ""),
+            "yes" if status.is_usable else "no",
+            status.device,
+            status.version,
+            memory,
+            reason,
+        )
+    console().print(table)
+    console(stderr=True).print("* what --backend auto takes", style="dim")

@@ -1,0 +1,169 @@
+"""Option groups that several commands share, and how they become settings."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import click
+
+from specguard.core.config import (
+    PRESETS,
+    SolveConfig,
+    VerifierConfig,
+    ensemble_weights,
+)
+from specguard.core.errors import UsageError
+from specguard.core.model import Sampling
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Options that only step-level speculation has a use for, by parameter name.
+SPECULATION_ONLY = {
+    "num_candidates": "--k",
+    "preset": "--preset",
+    "beta": "--beta",
+    "threshold": "--threshold",
+    "verifier": "--verifier",
+    "sources": "--sources",
+    "selector": "--selector",
+    "rewrite_temperature": "--rewrite-temperature",
+}
+# Options that are fields of `SolveConfig` as they stand.
+UNCHANGED = (
+    "method",
+    "num_candidates",
+    "selector",
+    "max_tokens",
+    "max_step_tokens",
+    "max_steps",
+    "delimiter",
+    "system_prompt",
+    "thinking",
+    "seed",
+)
+
+
+def model_options(command: F) -> F:
+    """Which models to load, and where."""
+    for option in reversed(
+        (
+            click.option(
+                "--models", "pair", metavar="PAIR", help="Model pair, see specguard models."
+            ),
+            click.option(
+                "--draft", metavar="MODEL", help="Draft: a folder or a downloaded hub id."
+            ),
+            click.option("--target", metavar="MODEL", help="Target: likewise."),
+            click.option(
+                "--backend",
+                default="auto",
+                show_default=True,
+                metavar="[auto|mlx|cuda|cuda:N|mps|cpu]",
+                help="Where to run, see specguard backends.",
+            ),
+            click.option(
+                "--dtype",
+                type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+                default="auto",
+                show_default=True,
+                help="Number type of the weights.",
+            ),
+            click.option(
+                "--trust-remote-code",
+                is_flag=True,
+                help="Run Python code that comes with a checkpoint.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def method_options(command: F) -> F:
+    """How a problem is solved."""
+    for option in reversed(
+        (
+            click.option(
+                "--method",
+                type=click.Choice(["specguard", "target", "draft"]),
+                default="specguard",
+                show_default=True,
+                help="Step-level speculation, or plain decoding by one model.",
+            ),
+            click.option("--k", "num_candidates", type=int, help="Candidate steps per step."),
+            click.option(
+                "--temperature", type=float, help="Of the draft's candidates, or of plain decoding."
+            ),
+            click.option("--top-p", type=float, help="Likewise."),
+            click.option(
+                "--preset",
+                type=click.Choice(list(PRESETS)),
+                help="A named verifier in place of the pair's own.",
+            ),
+            click.option("--beta", type=float, help="Weight of log-prob; the rest is grounding."),
+            click.option("--threshold", type=float, help="Score from which a step is accepted."),
+            click.option(
+                "--verifier", type=click.Choice(["draft", "target"]), help="Who verifies."
+            ),
+            click.option(
+                "--sources",
+                type=click.Choice(["problem", "context"]),
+                help="What counts as ground: problem and accepted steps, or all context.",
+            ),
+            click.option(
+                "--selector",
+                metavar="EMBEDDER",
+                help="draft, ngram or sentence-transformers:NAME.",
+            ),
+            click.option(
+                "--rewrite-temperature", type=float, help="Of the target's rewrites [0: greedy]."
+            ),
+            click.option("--max-tokens", type=int, help="Most tokens of a solution."),
+            click.option("--max-step-tokens", type=int, help="Most tokens of a step."),
+            click.option("--max-steps", type=int, help="Most steps of a solution."),
+            click.option("--delimiter", help="Text that ends a step [a blank line]."),
+            click.option("--system-prompt", help="In place of the pair's own."),
+            click.option(
+                "--thinking", is_flag=True, default=None, help="Switch a template's thinking on."
+            ),
+            click.option("--seed", type=int, help="Of all sampling [0]."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def settings_from(options: Mapping[str, Any], base: SolveConfig) -> dict[str, Any]:
+    """Changes to ``base`` that the method options ask for.
+
+    Raises:
+        UsageError: an impossible value, or an option that the method has no use for.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if given["method"] != "specguard":
+        for name, flag in SPECULATION_ONLY.items():
+            if name in given:
+                raise UsageError(
+                    f"{flag} has no meaning with --method {given['method']}",
+                    "leave it out, or use --method specguard",
+                )
+    changes = {name: given[name] for name in UNCHANGED if name in given}
+    if "temperature" in given or "top_p" in given:
+        usual = replace(base, method=given["method"]).step_sampling
+        changes["sampling"] = Sampling(
+            given.get("temperature", usual.temperature), given.get("top_p", usual.top_p)
+        )
+    if "rewrite_temperature" in given:
+        changes["rewrite_sampling"] = Sampling(given["rewrite_temperature"], 1.0)
+    changes["verifier"] = _verifier(given, base.verifier)
+    return changes
+
+
+def _verifier(given: Mapping[str, Any], verifier: VerifierConfig) -> VerifierConfig:
+    changes: dict[str, Any] = dict(PRESETS[given["preset"]]) if "preset" in given else {}
+    if "beta" in given:
+        changes["weights"] = ensemble_weights(given["beta"])
+    for name, field in ("threshold", "threshold"), ("verifier", "model"), ("sources", "sources"):
+        if name in given:
+            changes[field] = given[name]
+    return replace(verifier, **changes)

@@ -1,0 +1,139 @@
+"""``specguard solve``: solve one problem and show each step as it is decided."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import click
+
+from specguard import Engine, Solution, UsageError, load
+from specguard.cli.options import method_options, model_options, settings_from
+from specguard.cli.output import Reporter, console
+from specguard.core.records import step_to_dict
+from specguard.loading import choose, configure
+
+
+@click.command()
+@click.argument("problem", required=False)
+@click.option(
+    "--file", "file", type=click.Path(path_type=Path), help="Read the problem from a file."
+)
+@model_options
+@method_options
+@click.option("--json", "as_json", is_flag=True, help="Print the solution as one JSON object.")
+@click.option(
+    "--jsonl", "as_jsonl", is_flag=True, help="Print one JSON event a line as it happens."
+)
+@click.option("--quiet", is_flag=True, help="Print the answer only.")
+@click.option("--detail", is_flag=True, help="Keep candidates and token arrays in the JSON.")
+def solve(
+    problem: str | None,
+    file: Path | None,
+    pair: str | None,
+    draft: str | None,
+    target: str | None,
+    backend: str,
+    dtype: str,
+    trust_remote_code: bool,
+    as_json: bool,
+    as_jsonl: bool,
+    quiet: bool,
+    detail: bool,
+    **options: Any,
+) -> None:
+    """Solve PROBLEM, given as an argument, on standard input (-) or in a --file."""
+    if as_json + as_jsonl + quiet > 1:
+        raise UsageError("--json, --jsonl and --quiet exclude one another")
+    if detail and not (as_json or as_jsonl):
+        raise UsageError("--detail has no meaning without --json or --jsonl")
+    text = read_problem(problem, file)
+    choice = choose(pair, backend, draft, target)
+    settings = settings_from(options, configure(choice.pair))
+    if options["method"] == "specguard" and None in (choice.draft, choice.target):
+        raise UsageError("--draft and --target go together", "or name a pair with --models")
+    reporter = Reporter(is_silent=as_json or as_jsonl or quiet)
+    with reporter.loading() as progress:
+        engine = load(
+            choice.pair.name if choice.pair else None,
+            backend=backend,
+            draft=None if choice.pair else choice.draft,
+            target=None if choice.pair else choice.target,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            detail=detail,
+            **settings,
+        )
+    if as_jsonl:
+        _solve_as_jsonl(engine, text)
+        return
+    reporter.start(engine.config, choice)
+    with engine.stream(text) as steps:
+        for step in steps:
+            reporter.step(step)
+    solution = steps.solution
+    assert solution is not None
+    if as_json:
+        click.echo(solution.to_json(indent=2))
+    elif quiet:
+        _print_answer(solution)
+    else:
+        reporter.finish(solution)
+
+
+def read_problem(problem: str | None, file: Path | None) -> str:
+    """The problem's text, wherever it was given.
+
+    Raises:
+        UsageError: given twice or not at all, unreadable, not UTF-8, or blank.
+    """
+    if (problem is None) == (file is None):
+        raise UsageError(
+            "give one problem, as an argument or with --file",
+            'specguard solve "Mia has 24 shells. ..."',
+        )
+    if file is not None:
+        try:
+            with file.open("rb") as stream:
+                text = _decode(stream, str(file))
+        except OSError as error:
+            raise UsageError(f"{file} cannot be read: {error.strerror}") from error
+    elif problem == "-":
+        text = _decode(sys.stdin.buffer, "standard input")
+    else:
+        assert problem is not None
+        text = problem
+        if not text.isascii() and text.encode(errors="replace").decode() != text:
+            raise UsageError("the problem is not valid UTF-8")
+    if not text.strip():
+        raise UsageError("the problem is empty")
+    return text
+
+
+def _decode(stream: BinaryIO, name: str) -> str:
+    content = stream.read()
+    if b"\0" in content:
+        raise UsageError(f"{name} is binary, not text")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} is not valid UTF-8 (byte {error.start})") from error
+
+
+def _solve_as_jsonl(engine: Engine, problem: str) -> None:
+    def emit(event: str, data: dict[str, Any]) -> None:
+        click.echo(json.dumps({"event": event, **data}, ensure_ascii=False))
+
+    with engine.stream(problem) as steps:
+        for step in steps:
+            emit("step", step_to_dict(step))
+    assert steps.solution is not None
+    emit("solution", steps.solution.to_dict())
+
+
+def _print_answer(solution: Solution) -> None:
+    if solution.answer is None:
+        console(stderr=True).print(f"no answer: finished by {solution.finish_reason}")
+        raise click.exceptions.Exit(1)
+    click.echo(solution.answer)
