@@ -65,13 +65,23 @@ class PassOutput:
 class Forward:
     """Runs the passes of one model.
 
+    Logits are cut to ``num_tokens``: rows of a padded vocabulary stand for no token, and the other
+    model of a pair may not have them.
+
     Raises:
         SpecguardError: the model keeps a state that cannot be cut back, or has attention that
             these passes cannot express.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str, capture_refusal: str | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        num_tokens: int,
+        capture_refusal: str | None = None,
+    ) -> None:
         self.model = model.eval()
+        self._num_tokens = num_tokens
         self.device = model.device
         self.capture_refusal = capture_refusal
         config = model.config.get_text_config()
@@ -153,7 +163,7 @@ class Forward:
             _attention_blocks(found) if capture is not None else None
             for capture, found in zip(captures, attention.blocks, strict=True)
         ]
-        return PassOutput(hidden, output.logits, blocks)
+        return PassOutput(hidden, output.logits[..., : self._num_tokens], blocks)
 
     def _call(
         self,

@@ -62,9 +62,10 @@ def load_model(
         ) from error
     text_config = model.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None)
+    num_tokens = max(tokenizer.vocabulary.values()) + 1
     return TorchModel(
         source,
-        Forward(model, source, refusal),
+        Forward(model, source, num_tokens, refusal),
         tokenizer,
         context_limit=int(limit) if limit else 2**31,
     )

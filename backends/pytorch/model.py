@@ -434,13 +434,9 @@ def _accept_tokens(
 ) -> tuple[int, list[int]]:
     """Accept token t with probability min(1, p/q), else draw from max(0, p - q), normalised.
 
-    ``judged`` [n + 1, V] are the warped p, ``drafted`` [n, V'] the warped q; the narrower of two
-    padded vocabularies gets probability 0 in its missing columns.
+    ``judged`` [n + 1, V] are the warped p, ``drafted`` [n, V] the warped q.
     """
     n = len(candidate.token_ids)
-    width = max(judged.shape[1], drafted.shape[1])
-    judged = torch.nn.functional.pad(judged, (0, width - judged.shape[1]))
-    drafted = torch.nn.functional.pad(drafted.to(judged.device), (0, width - drafted.shape[1]))
     wanted = torch.tensor(candidate.token_ids, device=judged.device).unsqueeze(-1)
     p = judged[:n].gather(1, wanted).squeeze(1).tolist()
     q = drafted.gather(1, wanted).squeeze(1).tolist()

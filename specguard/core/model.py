@@ -193,6 +193,7 @@ S = TypeVar("S", bound=TokenSequence)
 class LanguageModel(Protocol[S]):
     """A model as the step loop sees it.
 
+    Its distributions are over the tokenizer's ids; rows that pad a vocabulary are no part of them.
     Every verb takes B sequences and as many of whatever goes with them. Sequences in one call are
     distinct and of this model.
     """

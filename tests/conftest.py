@@ -1,0 +1,61 @@
+"""Fixtures: small checkpoints of random weights, and an environment without network or settings."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+TINY = Path(__file__).parent.parent / "models" / "tiny"
+SHAPE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the user's settings out of the tests."""
+    monkeypatch.setenv("SPECGUARD_CONFIG_DIR", str(tmp_path / "settings"))
+
+
+def make_checkpoint(folder: Path, family: str = "Llama", **changes: Any) -> Path:
+    """A checkpoint of random weights with the built-in pair's tokenizer."""
+    import torch
+    import transformers
+
+    torch.manual_seed(changes.pop("seed", 0))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "target")
+    settings = {**SHAPE, "vocab_size": len(tokenizer), **changes}
+    config = getattr(transformers, f"{family}Config")(**settings)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model.save_pretrained(folder)
+    # Saved under a llama config, so that every family keeps the tokenizer as it is.
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes((TINY / "target" / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with grouped-query attention."""
+    return make_checkpoint(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def draft_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another one, smaller, with padded embeddings."""
+    return make_checkpoint(
+        tmp_path_factory.mktemp("draft"), num_hidden_layers=2, vocab_size=1088, seed=1
+    )

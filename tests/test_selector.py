@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specguard.core import Candidate, UsageError
+from specguard.core.embedders import embed_by_draft, embed_by_ngrams, load_embedder
+from specguard.core.selector import mean_similarities, select_medoid
+
+
+def candidate(text: str = "", logprob: float = -1.0, embedding: object = (1.0,)) -> Candidate:
+    return Candidate(
+        (1,), text, np.array([logprob]), np.zeros(1), "eos", np.array(embedding, dtype=float)
+    )
+
+
+def test_ties_go_to_the_log_prob_then_to_the_index() -> None:
+    same = [candidate(logprob=-2.0), candidate(logprob=-1.0), candidate(logprob=-1.0)]
+    assert select_medoid(same, embed_by_draft).index == 1
+    # Equal up to rounding is a tie as well.
+    nearly = [
+        candidate(logprob=-2.0, embedding=(1.0, 1e-9)),
+        candidate(logprob=-1.0, embedding=(1.0, 0.0)),
+    ]
+    assert select_medoid(nearly, embed_by_draft).index == 1
+
+
+def test_one_candidate_is_kept_without_an_embedding() -> None:
+    selection = select_medoid([candidate()], lambda _: pytest.fail("embedded"))
+    assert (selection.index, selection.similarities) == (0, (1.0,))
+
+
+@given(st.integers(2, 9), st.integers(0, 2**32 - 1))
+def test_similarities_are_mean_cosines_to_the_others(k: int, seed: int) -> None:
+    rows = np.random.default_rng(seed).normal(size=(k, 5))
+    expected = [
+        np.mean(
+            [
+                rows[i] @ rows[j] / np.linalg.norm(rows[i]) / np.linalg.norm(rows[j])
+                for j in range(k)
+                if j != i
+            ]
+        )
+        for i in range(k)
+    ]
+    np.testing.assert_allclose(mean_similarities(rows), expected, atol=1e-12)
+    np.testing.assert_allclose(mean_similarities(rows * 7), expected, atol=1e-12)
+
+
+def test_a_zero_row_is_similar_to_nothing() -> None:
+    assert mean_similarities(np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]])) == (0.0, 0.5, 0.5)
+
+
+def test_ngrams_see_a_wrong_number() -> None:
+    texts = ["Mia had 3, so 3 + 4 = 7.", "Mia had 3, so 3 + 4 = 8.", "Mia had 3, so 3 + 4 = 7."]
+    similarities = mean_similarities(embed_by_ngrams([candidate(text) for text in texts]))
+    assert similarities[1] < similarities[0] == similarities[2]
+
+
+def test_unknown_embedders_are_refused() -> None:
+    for name in ("", "word2vec", "sentence-transformers:"):
+        with pytest.raises(UsageError, match="no selector"):
+            load_embedder(name)

@@ -1,0 +1,100 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specguard.core import Boundary, PieceTable, StepScanner, UsageError, final_answer
+from specguard.core.text import is_looping
+from tests.scripted import EOS, CharTokenizer
+
+
+def scan(pieces: list[str], delimiter: str = "\n\n", cap: int = 99) -> tuple[int, str | None]:
+    """How many tokens are read before the step ends, and how it ends."""
+    scanner = StepScanner(lambda index: pieces[index], Boundary(delimiter, frozenset({-1}), cap))
+    for index in range(len(pieces)):
+        finish = scanner.feed(index)
+        if finish is not None:
+            return index + 1, finish
+    return len(pieces), None
+
+
+def test_a_delimiter_may_end_inside_a_token_or_span_several() -> None:
+    assert scan(["a", ".\n\nThe", "x"]) == (2, "delimiter")
+    assert scan(["a", "\n", "\n", "x"]) == (3, "delimiter")
+    assert scan(["a.\n", "\nb"]) == (2, "delimiter")
+    assert scan(["a", "\n", "b", "\n"]) == (4, None)
+
+
+def test_blank_text_does_not_end_a_step() -> None:
+    assert scan(["\n\n", " ", "\n\n", "a", "\n\n"]) == (5, "delimiter")
+    assert scan(["\n\n"] * 4, cap=3) == (3, "length")
+
+
+def test_eos_wins_and_the_cap_ends_what_nothing_else_does() -> None:
+    scanner = StepScanner(lambda _: "a", Boundary("\n\n", frozenset({7}), 5))
+    assert scanner.feed(7) == "eos"
+    assert scan(["a"] * 9, cap=4) == (4, "length")
+    assert scan(["a", "\n\n"], cap=2) == (2, "delimiter")
+
+
+@given(
+    st.lists(st.text("ab\n.", min_size=1, max_size=4), max_size=12),
+    st.sampled_from(["\n\n", "\n", ".", "b\na"]),
+)
+def test_the_scanner_ends_where_the_text_first_holds_the_delimiter(
+    pieces: list[str], delimiter: str
+) -> None:
+    text, expected = "", (len(pieces), None)
+    for index, piece in enumerate(pieces):
+        text += piece
+        if delimiter in text.lstrip():
+            expected = (index + 1, "delimiter")
+            break
+    assert scan(pieces, delimiter) == expected
+
+
+def test_a_boundary_needs_room() -> None:
+    with pytest.raises(UsageError):
+        Boundary("\n\n", frozenset(), 0)
+
+
+def test_pieces_keep_their_spaces() -> None:
+    table = PieceTable(CharTokenizer())
+    assert table(ord(" ")) == " "
+    assert table(EOS) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{21}.", "21"),
+        (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{1} and then \boxed{2}", "2"),
+        (r"\boxed{1} and then \boxed{2", "1"),
+        (r"\boxed{\left\{1, 2\right\}}", r"\left\{1, 2\right\}"),
+        (r"\boxed{\{ }", r"\{"),
+        (r"\boxed{", None),
+        ("no box", None),
+        (r"\boxed{}", ""),
+    ],
+)
+def test_final_answer(text: str, answer: str | None) -> None:
+    assert final_answer(text) == answer
+
+
+BALANCED = st.recursive(
+    st.text("ab ", max_size=3),
+    lambda inner: st.lists(inner, max_size=3).map(lambda parts: "{" + "".join(parts) + "}"),
+)
+
+
+@given(BALANCED)
+def test_balanced_content_comes_back(content: str) -> None:
+    assert final_answer("x \\boxed{" + content + "} y") == content.strip()
+
+
+def test_looping() -> None:
+    assert is_looping("abab" * 2, 4, 3)
+    assert is_looping(["x", "a", "a", "a"], 4, 3)
+    assert not is_looping(["a", "a", "b", "a", "a"], 4, 3)
+    assert not is_looping([], 4, 3)
+    assert not is_looping(list(range(50)), 16, 2)

@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specguard.core import (
+    AttentionBlock,
+    Capture,
+    Observation,
+    Sampling,
+    SolveConfig,
+    UsageError,
+    VerifierConfig,
+    ensemble_weights,
+)
+from specguard.core.config import PRESETS
+from specguard.core.verifier import normalise, verify
+
+SEEN = Observation(np.array([-0.5, -1.5]), np.array([0.2, 0.6]))
+
+
+def test_signals_are_minima_means_and_maxima() -> None:
+    block = AttentionBlock(np.array([0.5, 0.25]), np.array([0.1, 0.3]), np.zeros((2, 2)))
+    seen = Observation(SEEN.token_logprobs, SEEN.token_entropies, (block,))
+    capture = Capture(np.array([True, False]), num_layers=1)
+    verdict = verify(seen, capture, 0.8, VerifierConfig())
+    assert verdict.signals == pytest.approx(
+        {
+            "log_prob": -1.5,
+            "log_prob_mean": -1.0,
+            "entropy_mean": 0.4,
+            "entropy_max": 0.6,
+            "consistency": 0.8,
+            "grounding": 0.125,
+            "grounding_mean": 0.1875,
+            "sink_mass": 0.2,
+        }
+    )
+
+
+def test_the_ensemble_is_the_paper_s() -> None:
+    bounds = {"log_prob": (-2.0, 0.0), "grounding": (0.0, 0.5)}
+    config = VerifierConfig(weights=ensemble_weights(0.3), bounds=bounds)
+    block = AttentionBlock(np.array([1.0, 0.5]), np.zeros(2), np.zeros((2, 2)))
+    seen = Observation(SEEN.token_logprobs, SEEN.token_entropies, (block,))
+    verdict = verify(seen, Capture(np.array([False]), 1), 1.0, config)
+    assert verdict.scores["ensemble"] == pytest.approx(0.3 * 0.25 + 0.7 * 0.5)
+    assert not verdict.is_accepted
+
+
+def test_the_threshold_itself_is_enough() -> None:
+    for threshold, accepted in (0.25, True), (0.2500001, False):
+        config = VerifierConfig(
+            weights={"log_prob": 1.0}, bounds={"log_prob": (-2.0, 0.0)}, threshold=threshold
+        )
+        assert verify(SEEN, None, 1.0, config).is_accepted == accepted
+    perfect = Observation(np.zeros(2), np.zeros(2))
+    config = VerifierConfig(
+        weights={"log_prob": 0.7, "entropy_mean": 0.2, "entropy_max": 0.1}, threshold=1.0
+    )
+    assert verify(perfect, None, 1.0, config).is_accepted
+
+
+@given(st.floats(-100, 100), st.floats(-5, 5), st.floats(-5, 5))
+def test_normalised_signals_lie_in_the_unit_interval(value: float, low: float, high: float) -> None:
+    if low == high:
+        return
+    config = VerifierConfig(bounds={"log_prob": (low, high)})
+    assert 0 <= normalise("log_prob", value, config) <= 1
+
+
+def test_lower_entropy_scores_higher() -> None:
+    config = VerifierConfig()
+    assert normalise("entropy_mean", 0.1, config) > normalise("entropy_mean", 1.0, config)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"threshold": 1.1},
+        {"threshold": float("nan")},
+        {"epsilon": -0.1},
+        {"residual": 2.0},
+        {"num_layers": 0},
+        {"model": "judge"},
+        {"sources": "web"},
+        {"weights": {"vibes": 1.0}},
+        {"weights": {"log_prob": 0.4}},
+        {"weights": {"log_prob": 1.5, "grounding": -0.5}},
+        {"bounds": {"log_prob": (1.0, 1.0)}},
+    ],
+)
+def test_impossible_verifiers_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        VerifierConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "magic"},
+        {"num_candidates": 0},
+        {"max_tokens": -1},
+        {"max_step_tokens": 0},
+        {"max_steps": 0},
+        {"seed": -1},
+        {"delimiter": ""},
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        SolveConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.1, float("nan")])
+def test_beta_is_a_share(beta: float) -> None:
+    with pytest.raises(UsageError, match="beta"):
+        ensemble_weights(beta)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(-1, 1), (float("nan"), 1), (1, 0), (1, 1.5)])
+def test_impossible_samplings_are_refused(temperature: float, top_p: float) -> None:
+    with pytest.raises(UsageError):
+        Sampling(temperature, top_p)
+
+
+def test_presets_are_configurations() -> None:
+    made = {name: VerifierConfig(**changes) for name, changes in PRESETS.items()}  # type: ignore[arg-type]
+    assert made["paper"].weights == pytest.approx({"log_prob": 0.3, "grounding": 0.7})
+    assert not made["consistency-only"].needs_model
+    assert not made["log-prob"].needs_attention
+    assert made["grounding"].needs_attention
