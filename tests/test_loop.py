@@ -144,13 +144,14 @@ def test_sources_context_marks_everything() -> None:
     assert target.called("extend")[0][2].is_source.all()  # type: ignore[attr-defined]
 
 
-def test_attention_is_captured_for_the_record_only_where_detail_is_asked_for() -> None:
-    for detail in (False, True):
-        target = Scripted("t", [])
-        [step] = run(Scripted("d", [ANSWER]), target, detail=detail).steps
-        assert (target.called("extend")[0][2] is not None) == detail
-        assert ("grounding" in step.scores) == detail
-        assert (step.tokens is not None and step.tokens.grounding is not None) == detail
+def test_a_verifying_pass_reads_attention_where_it_can() -> None:
+    for refusal in (None, "soft-capped"):
+        target = Scripted("t", [], capture_refusal=refusal)
+        [step] = run(Scripted("d", [ANSWER]), target, detail=True).steps
+        assert (target.called("extend")[0][2] is None) == (refusal is not None)
+        assert ("grounding" in step.scores) == (refusal is None)
+        assert step.tokens is not None
+        assert (step.tokens.grounding is None) == (refusal is not None)
 
 
 def test_a_model_without_capture_verifies_by_log_prob_alone() -> None:

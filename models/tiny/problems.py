@@ -14,7 +14,7 @@ DELIMITER = "\n\n"
 MAX_COUNT = 400
 
 # One stream of problems per use, so that no problem is seen in training and reported on.
-TRAINING, CALIBRATION, HELD_OUT = 1, 2, 3
+TRAINING, CALIBRATION, HELD_OUT, RECALL = 1, 2, 3, 4
 
 NAMES = [
     "Adam",
@@ -256,7 +256,7 @@ def _change(world: _World, actor: str, symbol: str, operand: int) -> str:
         "/": before // operand,
     }[symbol]
     world.counts[actor] = after
-    return f"{actor} had {before}, so {before} {symbol} {operand} = {after}."
+    return f"{actor} had {before}, so {before} {symbol} {operand} = {after}. {actor} has {after}."
 
 
 def _gain(verbs: list[str]) -> _Event:
@@ -394,15 +394,12 @@ def _choose_words(rng: np.random.Generator, num_actors: int) -> tuple[list[str],
 def generate(stream: int, index: int) -> Problem:
     """Problem number ``index`` of a stream; the same arguments give the same problem."""
     rng = np.random.Generator(np.random.Philox(key=[stream, index]))
-    actors, things = _choose_words(rng, 2 if rng.random() < 0.6 else 1)
+    actors, things = _choose_words(rng, 2 if rng.random() < 0.7 else 1)
     world = _World(rng, actors, things, {a: int(rng.integers(4, 81)) for a in actors})
-    sentences = [
-        f"{a} {world.pick(['has', 'has', 'starts with', 'had'])} {world.counts[a]} {things}."
-        for a in actors
-    ]
+    sentences = [f"{a} {world.pick(['has', 'had'])} {world.counts[a]} {things}." for a in actors]
     steps: list[str] = []
-    target_steps = int(rng.integers(2, 6))
-    while len(steps) < target_steps:
+    num_events = int(rng.integers(2, 6))
+    while len(steps) < num_events:
         actor = actors[int(rng.integers(len(actors)))]
         outcome = EVENTS[int(rng.integers(len(EVENTS)))](world, actor)
         if outcome is None:
@@ -416,6 +413,23 @@ def generate(stream: int, index: int) -> Problem:
     answer = world.counts[asked]
     steps.append(f"The answer is \\boxed{{{answer}}}.")
     return Problem(" ".join(sentences), tuple(steps), answer)
+
+
+def recall(index: int) -> Problem:
+    """Practice in telling apart who has how many: up to eight actors, said again in another order.
+
+    Problems alone teach this slowly: with two actors, a guess is right half of the time.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[RECALL, index]))
+    num_actors = int(rng.integers(2, 9))
+    actors, things = _choose_words(rng, num_actors)
+    counts = [int(count) for count in rng.integers(4, 100, num_actors)]
+    facts = [
+        f"{actor} {('has', 'had')[rng.integers(2)]} {count} {things}."
+        for actor, count in zip(actors, counts, strict=True)
+    ]
+    again = " ".join(f"{actors[i]} has {counts[i]}." for i in rng.permutation(num_actors))
+    return Problem(" ".join(facts), (f"So {again}",), counts[0])
 
 
 def stream(number: int, start: int = 0) -> Iterator[Problem]:

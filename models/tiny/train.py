@@ -6,17 +6,18 @@ fresh ones. A run stopped half-way continues from its last checkpoint when start
 
 import json
 import math
-import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, Literal
 
 import click
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW, Muon, Optimizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -36,6 +37,16 @@ BATCHES_PER_CHUNK = 8
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """Steps on one task with an optimizer and its peak learning rate."""
+
+    task: Literal["problems", "recall"]
+    num_steps: int
+    optimizer: Literal["muon", "adamw"]
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """Shape and training of one model of the pair."""
 
@@ -44,16 +55,32 @@ class Recipe:
     num_heads: int
     num_kv_heads: int
     intermediate_size: int
-    num_steps: int
+    stages: tuple[Stage, ...]
     batch_size: int = 32
-    muon_lr: float = 3e-3
-    adam_lr: float = 3e-3
     seed: int = 0
 
 
 RECIPES = {
-    "draft": Recipe(96, 2, 4, 2, 256, num_steps=4000),
-    "target": Recipe(160, 6, 4, 2, 448, num_steps=2000),
+    "draft": Recipe(
+        96,
+        2,
+        4,
+        2,
+        256,
+        stages=(Stage("problems", 4000, "muon", 3e-3), Stage("problems", 600, "adamw", 2e-3)),
+    ),
+    "target": Recipe(
+        160,
+        6,
+        4,
+        2,
+        448,
+        stages=(
+            Stage("problems", 2000, "muon", 3e-3),
+            Stage("recall", 900, "adamw", 2e-3),
+            Stage("problems", 1300, "adamw", 1.5e-3),
+        ),
+    ),
 }
 
 
@@ -86,7 +113,11 @@ def prompt_text(tokenizer: PreTrainedTokenizerFast, problem: str) -> str:
 
 
 def training_batches(
-    tokenizer: PreTrainedTokenizerFast, first_step: int, num_steps: int, batch_size: int
+    tokenizer: PreTrainedTokenizerFast,
+    source: Callable[[int], problems.Problem],
+    first_step: int,
+    num_steps: int,
+    batch_size: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Right-padded ``input_ids`` [B, T] and ``labels`` [B, T], -100 outside the solution.
 
@@ -95,7 +126,7 @@ def training_batches(
     size = BATCHES_PER_CHUNK * batch_size
     for chunk in range(first_step // BATCHES_PER_CHUNK, num_steps // BATCHES_PER_CHUNK + 1):
         examples = []
-        for problem in islice(problems.stream(problems.TRAINING, chunk * size), size):
+        for problem in map(source, range(chunk * size, (chunk + 1) * size)):
             prompt = tokenizer(prompt_text(tokenizer, problem.text))["input_ids"]
             solution = tokenizer(problem.solution)["input_ids"]
             examples.append(([*prompt, *solution, tokenizer.eos_token_id], len(prompt)))
@@ -151,31 +182,78 @@ def greedy_accuracy(
     return right / count
 
 
+def make_optimizers(model: Qwen2ForCausalLM, stage: Stage) -> list[Optimizer]:
+    """AdamW for everything, or Muon for the layers' matrices and AdamW for the rest."""
+    if stage.optimizer == "adamw":
+        return [AdamW(model.parameters(), lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.01)]
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    return [
+        Muon(matrices, lr=stage.rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        AdamW(others, lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
 def train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Qwen2ForCausalLM:
     """Train to the end of the recipe, resuming from ``folder``'s checkpoint if there is one."""
     model = build_model(recipe, tokenizer)
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    optimizers = [
-        Muon(matrices, lr=recipe.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    base_rates = [recipe.muon_lr, recipe.adam_lr]
-    checkpoint, log = folder / "checkpoint.pt", folder / "log.jsonl"
-    first = 0
+    checkpoint = folder / "checkpoint.pt"
+    state: dict[str, Any] = {"stage": 0, "step": 0, "num_problems": 0}
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first = state["step"]
-    started, saved_at, num_tokens, losses = time.monotonic(), time.monotonic(), 0, []
     model.train()
-    batches = training_batches(tokenizer, first, recipe.num_steps, recipe.batch_size)
-    for step, (input_ids, labels) in enumerate(batches, first):
-        for optimizer, rate in zip(optimizers, base_rates, strict=True):
+    for index in range(state["stage"], len(recipe.stages)):
+        stage = recipe.stages[index]
+        optimizers = make_optimizers(model, stage)
+        for optimizer, saved in zip(optimizers, state.get("optimizers", []), strict=False):
+            optimizer.load_state_dict(saved)
+        seen = state["num_problems"]
+        for step, loss in _train_stage(model, tokenizer, recipe, stage, optimizers, state, seen):
+            is_last = step == stage.num_steps
+            if step % 50 == 0 or is_last:
+                record = {"stage": index, "task": stage.task, "step": step, "loss": round(loss, 5)}
+                with (folder / "log.jsonl").open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+            if step % 100 == 0 or is_last:
+                used = step * recipe.batch_size if stage.task == "problems" else 0
+                state = {
+                    "model": model.state_dict(),
+                    "optimizers": [] if is_last else [o.state_dict() for o in optimizers],
+                    "stage": index + is_last,
+                    "step": 0 if is_last else step,
+                    "num_problems": seen + used if is_last else seen,
+                }
+                partial = checkpoint.with_suffix(".partial")
+                torch.save(state, partial)
+                partial.replace(checkpoint)
+    return model.eval()
+
+
+def _train_stage(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    stage: Stage,
+    optimizers: list[Optimizer],
+    state: dict[str, Any],
+    num_seen: int,
+) -> Iterator[tuple[int, float]]:
+    """Yield the number of each step and the mean loss of the last 50."""
+
+    def problem(index: int) -> problems.Problem:
+        if stage.task == "recall":
+            return problems.recall(index)
+        return problems.generate(problems.TRAINING, num_seen + index)
+
+    losses: deque[float] = deque(maxlen=50)
+    batches = training_batches(
+        tokenizer, problem, state["step"], stage.num_steps, recipe.batch_size
+    )
+    for step, (input_ids, labels) in enumerate(batches, state["step"]):
+        for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * learning_rate_factor(step, recipe.num_steps)
+                group["lr"] = stage.rate * learning_rate_factor(step, stage.num_steps)
         loss = solution_loss(model, input_ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -183,26 +261,7 @@ def train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Q
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
-        num_tokens += input_ids.numel()
-        if (step + 1) % 50 == 0:
-            record = {
-                "step": step + 1,
-                "loss": round(sum(losses[-50:]) / 50, 5),
-                "tokens_per_second": round(num_tokens / (time.monotonic() - started)),
-            }
-            with log.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-        if time.monotonic() - saved_at > 120 or step + 1 == recipe.num_steps:
-            state = {
-                "model": model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "step": step + 1,
-            }
-            partial = checkpoint.with_suffix(".partial")
-            torch.save(state, partial)
-            partial.replace(checkpoint)
-            saved_at = time.monotonic()
-    return model.eval()
+        yield step + 1, sum(losses) / len(losses)
 
 
 def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from specguard.core.errors import UsageError
 from specguard.core.model import GREEDY, Sampling
@@ -44,7 +44,7 @@ def ensemble_weights(beta: float) -> dict[str, float]:
 
 # Verifiers by name, as changes to a pair's own. "paper" is the published ensemble; the others leave
 # parts of it out.
-PRESETS: Mapping[str, Mapping[str, object]] = MappingProxyType(
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "paper": {"weights": ensemble_weights(0.3), "threshold": 0.7, "sources": "context"},
         "consistency-only": {"weights": {}, "threshold": 0.0},

@@ -140,7 +140,7 @@ class _Run:
         with self._phase("verify"):
             self.capture = self.observation = None
             if config.needs_attention or (config.needs_model and config.model == "target"):
-                if config.needs_attention or self._shows_attention():
+                if self.models[config.model].capture_refusal is None:
                     self.capture = self._capture()
                 self.observation = self._extend(config.model, selected.token_ids, self.capture)
             observation = self.observation or Observation(
@@ -293,12 +293,6 @@ class _Run:
         """Tokens that may still be written."""
         written = len(self.token_ids) - len(self.prompt.token_ids)
         return min(self.config.max_tokens - written, self.context_limit - len(self.token_ids))
-
-    def _shows_attention(self) -> bool:
-        """Whether grounding is wanted in the record though the verifier does not weigh it."""
-        return self.config.detail and (
-            self.models[self.config.verifier.model].capture_refusal is None
-        )
 
     def _capture(self) -> Capture:
         verifier = self.config.verifier

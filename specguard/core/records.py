@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import cattrs
+from cattrs.gen import make_dict_structure_fn
 
 from specguard.core.config import Author, Method
 from specguard.core.errors import SpecguardError
 from specguard.core.model import CandidateFinish
 
 SCHEMA_VERSION = 1
+DOCUMENTED_SCORES = ("log_prob", "grounding", "ensemble")
 
 FinishReason = Literal["answer", "eos", "length", "repetition"]
 Decision = Literal["accepted", "rewritten", "plain"]
@@ -157,8 +159,18 @@ class Solution:
 
 
 def step_to_dict(step: StepRecord) -> dict[str, Any]:
-    """Plain values for JSON, with ``accepted`` beside the fields."""
-    return {**asdict(step), "accepted": step.is_accepted}
+    """Plain values for JSON, with ``accepted`` beside the fields.
+
+    The documented scores are always there, null where they were not computed.
+    """
+    data = asdict(step)
+    data["scores"] = {**dict.fromkeys(DOCUMENTED_SCORES), **data["scores"]}
+    return {**data, "accepted": step.is_accepted}
+
+
+def _step_from_dict(data: dict[str, Any], _: object) -> StepRecord:
+    scores = {name: value for name, value in data["scores"].items() if value is not None}
+    return _structure_step({**data, "scores": scores}, StepRecord)
 
 
 def summarise(
@@ -193,4 +205,6 @@ def summarise(
     )
 
 
-_converter = cattrs.Converter(prefer_attrib_converters=False)
+_converter = cattrs.Converter()
+_structure_step = make_dict_structure_fn(StepRecord, _converter)
+_converter.register_structure_hook(StepRecord, _step_from_dict)

@@ -1,0 +1,171 @@
+"""Broken folders, each with its own message; none is half loaded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from specguard.backends.checkpoint import is_on_disk, open_checkpoint
+from specguard.backends.pytorch import load_model
+from specguard.backends.tokenizer import FolderTokenizer
+from specguard.core import SpecguardError, UsageError
+from tests.conftest import TINY
+
+
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "model"))
+
+
+def test_a_whole_folder_is_described(folder: Path) -> None:
+    found = open_checkpoint(str(folder))
+    assert found.model_type == "llama"
+    assert found.num_bytes == 4 * found.num_parameters > 0
+    assert is_on_disk(str(folder))
+
+
+def test_what_is_no_folder_and_not_downloaded(tmp_path: Path) -> None:
+    with pytest.raises(SpecguardError, match="no model folder"):
+        open_checkpoint(str(tmp_path / "missing"))
+    with pytest.raises(SpecguardError, match="neither a folder nor a model on this disk") as caught:
+        open_checkpoint("nobody/nothing@main")
+    assert caught.value.hint == "download it first: specguard models pull nobody/nothing@main"
+    assert not is_on_disk("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", None, r"no config\.json"),
+        ("config.json", b"{", "not valid JSON"),
+        ("config.json", b"[]", "not a JSON object"),
+        ("model.safetensors", None, r"no model\.safetensors"),
+        ("model.safetensors", b"", "truncated or corrupt"),
+        ("model.safetensors", b"\x08" + b"\0" * 7 + b"{notjson", "truncated or corrupt"),
+        ("model.safetensors.index.json", b"{}", "no index of weights"),
+    ],
+)
+def test_missing_and_broken_files(
+    folder: Path, name: str, content: bytes | None, message: str
+) -> None:
+    (folder / name).unlink(missing_ok=True)
+    if content is not None:
+        (folder / name).write_bytes(content)
+    with pytest.raises(SpecguardError, match=message):
+        open_checkpoint(str(folder))
+
+
+def test_truncated_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(SpecguardError, match="truncated or corrupt"):
+        open_checkpoint(str(folder))
+
+
+def test_missing_shards(folder: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SpecguardError, match="model-00001-of-00002"):
+        open_checkpoint(str(folder))
+
+
+def test_pickled_weights_are_not_read(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(SpecguardError, match="safetensors") as caught:
+        load_model(str(folder))
+    assert "safetensors" in caught.value.hint
+
+
+def test_a_missing_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(SpecguardError, match="tokenizer"):
+        load_model(str(folder))
+
+
+def test_weights_of_another_shape(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["hidden_size"] = 128
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SpecguardError, match="cannot be loaded"):
+        load_model(str(folder))
+
+
+def test_an_unknown_architecture(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "perceptron"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SpecguardError, match="perceptron"):
+        load_model(str(folder))
+
+
+def test_code_in_a_checkpoint_is_not_run(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    marker = folder / "ran"
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
+    with pytest.raises(SpecguardError):
+        load_model(str(folder))
+    assert not marker.exists()
+
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{% endfor %}"
+    "{% if enable_thinking %}<think>{% endif %}[assistant]"
+)
+
+
+def tokenizer_with(folder: Path, template: str | None) -> FolderTokenizer:
+    (folder / "chat_template.jinja").unlink()
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return FolderTokenizer(folder)
+
+
+def span(tokenizer: FolderTokenizer, problem: str, system: str | None = None) -> str:
+    prompt = tokenizer.encode_prompt(problem, system, False)
+    return tokenizer.decode(prompt.token_ids[slice(*prompt.problem_span)])
+
+
+def test_the_span_is_the_problem(folder: Path) -> None:
+    tokenizer = FolderTokenizer(folder)
+    problem = "Mia has 2 shells. user \\frac{1}{2} é 火"
+    assert span(tokenizer, f"  {problem}\n") == problem
+    # The system prompt may hold the problem's words.
+    assert span(tokenizer, "user", "user user") == "user"
+    prompt = tokenizer.encode_prompt("x", "Be brief.", False)
+    assert "Be brief." in tokenizer.decode(prompt.token_ids)
+
+
+def test_without_a_template_the_prompt_is_plain(folder: Path) -> None:
+    tokenizer = tokenizer_with(folder, None)
+    prompt = tokenizer.encode_prompt("What is 2?", None, False)
+    assert tokenizer.decode(prompt.token_ids) == "What is 2?\n\n"
+    # A token that the problem shares with what follows belongs to the problem.
+    assert span(tokenizer, "What is 2?", "Be brief.").strip() == "What is 2?"
+
+
+def test_thinking_is_off_unless_the_template_has_a_switch(folder: Path) -> None:
+    tokenizer = tokenizer_with(folder, TEMPLATE)
+    for thinking in False, True:
+        prompt = tokenizer.encode_prompt("hi", None, thinking)
+        assert ("<think>" in tokenizer.decode(prompt.token_ids)) == thinking
+    with pytest.raises(UsageError, match="no switch for thinking"):
+        FolderTokenizer(TINY / "target").encode_prompt("hi", None, True)
+
+
+def test_a_template_may_refuse_a_system_prompt(folder: Path) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('No system!') }}{% endif %}"
+    tokenizer = tokenizer_with(folder, refusing + TEMPLATE)
+    assert span(tokenizer, "hi") == "hi"
+    with pytest.raises(UsageError, match="No system!"):
+        tokenizer.encode_prompt("hi", "Be brief.", False)
+
+
+def test_eos_ids_come_from_settings_and_tokenizer(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert FolderTokenizer(folder).eos_ids == {2, 7, 9}

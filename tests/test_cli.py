@@ -1,0 +1,338 @@
+"""The command line, in process and as a real subprocess."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from specguard.cli.main import main
+from specguard.models.settings import settings_path
+from tests.conftest import TINY
+
+SHELLS = (
+    "Mia has 24 shells. Mia sells half of the shells. Then Mia finds 9 more shells. "
+    "How many shells does Mia have?"
+)
+
+
+def invoke(*arguments: str, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(main, arguments, input=stdin, catch_exceptions=False)
+
+
+def command(*arguments: str, **settings: object) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(  # type: ignore[call-overload, no-any-return]
+        [sys.executable, "-m", "specguard.cli", *arguments], capture_output=True, **settings
+    )
+
+
+def test_a_problem_is_solved_and_shown() -> None:
+    result = invoke("solve", SHELLS)
+    assert result.exit_code == 0
+    assert "Answer: 21" in result.stdout
+    assert "[1] accepted draft" in result.stdout or "[1] rewritten by target" in result.stdout
+    assert "ensemble" in result.stdout
+    for word in "tokens/s", "accepted", "target wrote", "Built-in pair":
+        assert word in result.stderr
+        assert word not in result.stdout.replace("accepted draft", "")
+
+
+def test_json_is_one_object_and_nothing_else() -> None:
+    result = invoke("solve", SHELLS, "--json", "--detail")
+    data = json.loads(result.stdout)
+    assert result.stderr == ""
+    assert data["answer"] == "21"
+    assert {"answer", "text", "finish_reason", "steps", "stats"} <= data.keys()
+    for step in data["steps"]:
+        assert {"text", "accepted", "author", "scores"} <= step.keys()
+        assert step["author"] in ("draft", "target")
+        assert {"log_prob", "grounding", "ensemble"} <= step["scores"].keys()
+        assert len(step["candidates"]) > 1
+
+
+def test_jsonl_is_one_event_a_line() -> None:
+    lines = invoke("solve", SHELLS, "--jsonl").stdout.splitlines()
+    events = [json.loads(line) for line in lines]
+    assert [event["event"] for event in events] == ["step"] * (len(events) - 1) + ["solution"]
+    assert events[-1]["steps"] == [
+        {key: value for key, value in event.items() if key != "event"} for event in events[:-1]
+    ]
+
+
+def test_quiet_prints_the_answer() -> None:
+    result = invoke("solve", SHELLS, "--quiet")
+    assert (result.stdout, result.stderr) == ("21\n", "")
+
+
+def test_a_solution_without_an_answer_is_said() -> None:
+    result = invoke("solve", SHELLS, "--quiet", "--max-tokens", "3")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "finished by length" in result.stderr
+    assert "No answer: finished by length" in invoke("solve", SHELLS, "--max-tokens", "3").stdout
+
+
+def test_problems_come_from_stdin_and_files(tmp_path: Path) -> None:
+    assert invoke("solve", "-", "--quiet", stdin=SHELLS).stdout == "21\n"
+    file = tmp_path / "problem.txt"
+    file.write_text(f"\ufeff{SHELLS}\n", encoding="utf-8")
+    assert invoke("solve", "--file", str(file), "--quiet").stdout == "21\n"
+
+
+@pytest.mark.parametrize("method", ["target", "draft"])
+def test_plain_methods(method: str) -> None:
+    result = invoke("solve", SHELLS, "--method", method, "--json")
+    data = json.loads(result.stdout)
+    assert {step["author"] for step in data["steps"]} == {method}
+    assert data["stats"]["step_acceptance_rate"] is None
+    assert invoke("solve", SHELLS, "--method", method).exit_code == 0
+
+
+def test_options_reach_the_engine() -> None:
+    options = [
+        "--k",
+        "3",
+        "--seed",
+        "5",
+        "--beta",
+        "0.5",
+        "--threshold",
+        "0",
+        "--verifier",
+        "draft",
+    ]
+    options += ["--sources", "context", "--selector", "ngram", "--temperature", "0.9"]
+    options += ["--top-p", "0.9", "--max-step-tokens", "40", "--max-steps", "9", "--detail"]
+    data = json.loads(invoke("solve", SHELLS, *options, "--json").stdout)
+    assert data["seed"] == 5
+    for step in data["steps"]:
+        assert step["accepted"]
+        assert step["threshold"] == 0
+        assert len(step["candidates"]) == 3
+        expected = 0.5 * step["scores"]["log_prob"] + 0.5 * step["scores"]["grounding"]
+        assert step["scores"]["ensemble"] == pytest.approx(expected)
+    assert data["stats"]["num_verified_tokens"] == 0
+
+
+def test_the_paper_s_preset_is_the_published_ensemble() -> None:
+    data = json.loads(invoke("solve", SHELLS, "--preset", "paper", "--json").stdout)
+    for step in data["steps"]:
+        scores = step["scores"]
+        assert step["threshold"] == 0.7
+        assert scores["ensemble"] == pytest.approx(
+            0.3 * scores["log_prob"] + 0.7 * scores["grounding"]
+        )
+
+
+USAGE_ERRORS = [
+    (["solve"], "give one problem"),
+    (["solve", ""], "empty"),
+    (["solve", "  \n"], "empty"),
+    (["solve", "x", "--file", "y"], "give one problem"),
+    (["solve", "--file", "/nonexistent"], "cannot be read"),
+    (["solve", "--file", "/"], "cannot be read"),
+    (["solve", "x", "--models", "tinny"], "did you mean 'tiny'"),
+    (["solve", "x", "--backend", "cpuu"], "did you mean 'cpu'"),
+    (["solve", "x", "--backend", "cuda:x"], "cuda:1"),
+    (["solve", "x", "--backend", "cpu:1"], "leave the number out"),
+    (["solve", "x", "--k", "0"], "at least 1"),
+    (["solve", "x", "--k", "many"], "not a valid integer"),
+    (["solve", "x", "--beta", "1.5"], "beta must lie in [0, 1]"),
+    (["solve", "x", "--beta", "nan"], "beta"),
+    (["solve", "x", "--threshold", "-1"], "threshold must lie in [0, 1]"),
+    (["solve", "x", "--temperature", "-1"], "temperature"),
+    (["solve", "x", "--top-p", "0"], "top_p"),
+    (["solve", "x", "--max-tokens", "-5"], "max_tokens"),
+    (["solve", "x", "--max-steps", "0"], "max_steps"),
+    (["solve", "x", "--seed", "-1"], "seed"),
+    (["solve", "x", "--selector", "vibes"], "no selector"),
+    (["solve", "x", "--method", "target", "--k", "4"], "--k has no meaning"),
+    (["solve", "x", "--method", "draft", "--beta", "0.4"], "--beta has no meaning"),
+    (["solve", "x", "--method", "draft", "--rewrite-temperature", "1"], "no meaning"),
+    (["solve", "x", "--json", "--quiet"], "exclude one another"),
+    (["solve", "x", "--detail"], "--detail"),
+    (["solve", "x", "--thinking"], "no switch for thinking"),
+    (["solve", "x", "--draft", str(TINY / "draft")], "go together"),
+    (["solve", "x", "--nonsense"], "No such option"),
+    (["models", "use", "qwen"], "did you mean"),
+    (["models", "pull", "qwen2"], "did you mean"),
+    (["models", "pull", "a/b/c"], "no hub id"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), USAGE_ERRORS)
+def test_wrong_usage_exits_with_2(arguments: list[str], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"a\0b", "binary"), (b"caf\xe9 au lait", "not valid UTF-8 (byte 3)")]
+)
+def test_files_that_are_no_text(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "problem"
+    file.write_bytes(content)
+    for result in invoke("solve", "--file", str(file)), invoke("solve", "-", stdin=content):
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+def test_arguments_that_are_no_text() -> None:
+    result = command(b"solve", b"caf\xe9")  # type: ignore[arg-type]
+    assert result.returncode == 2
+    assert b"not valid UTF-8" in result.stderr
+    assert b"Traceback" not in result.stderr
+
+
+def test_what_is_wrong_outside_exits_with_1(
+    tmp_path: Path, checkpoint: Path, draft_checkpoint: Path
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    tiny = str(TINY / "target")
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in checkpoint.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    vocabulary = json.loads((other / "tokenizer.json").read_text())
+    tokens = vocabulary["model"]["vocab"]
+    tokens["A"], tokens["B"] = tokens["B"], tokens["A"]
+    (other / "tokenizer.json").write_text(json.dumps(vocabulary))
+    cases = [
+        (["--draft", str(tmp_path / "no"), "--target", tiny], "no model folder"),
+        (["--draft", str(empty), "--target", tiny], "no config.json"),
+        (["--draft", "nobody/nothing", "--target", tiny], "specguard models pull nobody/nothing"),
+        (["--draft", str(other), "--target", tiny], "'B' is 35 in the draft and 36 in the target"),
+        (["--models", "qwen2.5-math"], "specguard models pull"),
+        (["--backend", "mlx"], "mlx"),
+    ]
+    for arguments, message in cases:
+        result = invoke("solve", "x", *arguments)
+        assert result.exit_code == 1, result.output
+        assert message in result.stderr
+        assert result.stdout == ""
+    long = invoke("solve", "Mia has 2 shells. " * 500)
+    assert long.exit_code == 1
+    assert "the context window holds 2048" in long.stderr
+
+
+def test_a_missing_gpu_is_said() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA GPU")
+    result = invoke("solve", "x", "--backend", "cuda")
+    assert result.exit_code == 1
+    assert "no CUDA GPU was found" in result.stderr
+    assert "--backend cpu" in result.stderr
+
+
+def test_uncalibrated_pairs_are_marked(checkpoint: Path, draft_checkpoint: Path) -> None:
+    pair = ["--draft", str(draft_checkpoint), "--target", str(checkpoint), "--max-tokens", "20"]
+    result = invoke("solve", "Mia has 3 shells.", *pair)
+    assert result.exit_code == 0
+    assert "Uncalibrated" in result.stderr
+    data = json.loads(invoke("solve", "Mia has 3 shells.", *pair, "--json").stdout)
+    assert data["is_calibrated"] is False
+
+
+def test_models_are_listed_with_what_they_need() -> None:
+    result = invoke("models")
+    assert result.exit_code == 0
+    for word in (
+        "tiny",
+        "built in",
+        "qwen2.5-math",
+        "Qwen/Qwen2.5-Math-7B-Instruct",
+        "GiB",
+        "llama3",
+    ):
+        assert word in result.stdout
+
+
+def test_the_chosen_pair_is_remembered() -> None:
+    assert invoke("models", "use", "qwen2.5").exit_code == 0
+    assert "qwen2.5 *" in invoke("models").stdout
+    result = invoke("solve", "x")
+    assert result.exit_code == 1
+    assert "Qwen/Qwen2.5-1.5B-Instruct" in result.stderr
+    assert invoke("models", "use", "tiny").exit_code == 0
+    assert "Built-in pair" not in invoke("solve", SHELLS).stderr
+    settings_path().write_text("pair = [")
+    broken = invoke("solve", "x")
+    assert broken.exit_code == 1
+    assert "cannot be read" in broken.stderr
+
+
+def test_pulling_the_built_in_pair_needs_no_network() -> None:
+    assert "already" in invoke("models", "pull", "tiny").stderr
+
+
+def test_a_failed_download_is_one_line() -> None:
+    result = invoke("models", "pull", "nobody/nothing")
+    assert result.exit_code == 1
+    assert "could not be downloaded" in result.stderr
+    assert len(result.stderr.splitlines()) == 2
+
+
+def test_backends_say_what_is_usable() -> None:
+    result = invoke("backends")
+    assert result.exit_code == 0
+    for name in "cpu", "cuda", "mps", "mlx":
+        assert name in result.stdout
+
+
+def test_help_and_version() -> None:
+    assert "solve" in invoke("--help").stdout
+    assert "--threshold" in invoke("solve", "-h").stdout
+    assert "0.1.0" in invoke("--version").stdout
+
+
+def test_no_colour_without_a_terminal() -> None:
+    result = command("solve", SHELLS, env={**os.environ, "FORCE_COLOR": "", "TERM": "xterm"})
+    assert result.returncode == 0
+    assert b"\x1b[" not in result.stdout + result.stderr
+    assert b"Answer: 21" in result.stdout
+
+
+def test_a_closed_pipe_is_silent() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "specguard.cli", "solve", SHELLS, "--jsonl"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    process.wait()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_an_interrupt_exits_with_130_and_keeps_what_was_written(tmp_path: Path) -> None:
+    output = tmp_path / "events.jsonl"
+    arguments = ["solve", SHELLS, "--jsonl", "--k", "2048", "--delimiter", "never"]
+    arguments += ["--max-step-tokens", "8"]
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "specguard.cli", *arguments],
+            stdout=file,
+            stderr=subprocess.PIPE,
+        )
+        deadline = time.monotonic() + 120
+        while not output.read_bytes().count(b"\n") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == b"Interrupted.\n"
+    lines = output.read_text().splitlines()
+    assert lines
+    assert all(json.loads(line)["event"] == "step" for line in lines)

@@ -1,0 +1,67 @@
+"""What is built: the package list, the wheel's content, the symlinks of a checkout."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SIBLINGS = ("backends", "cli", "models")
+
+
+def folders_with_code() -> set[str]:
+    """Package names of all folders that hold an __init__.py, seen through the symlinks."""
+    found = set()
+    for top in ("specguard", *SIBLINGS):
+        for file in (ROOT / top).rglob("__init__.py"):
+            parts = file.parent.relative_to(ROOT).parts
+            if parts[0] == "specguard" and len(parts) > 1 and parts[1] in SIBLINGS:
+                continue
+            found.add(".".join(parts if parts[0] == "specguard" else ("specguard", *parts)))
+    return found
+
+
+def source_files() -> list[tuple[str, Path]]:
+    """Package and file of every module."""
+    return [
+        (package, file)
+        for package in sorted(folders_with_code())
+        for file in (ROOT / package.replace(".", "/")).glob("*.py")
+    ]
+
+
+def listed_packages() -> set[str]:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        return set(tomllib.load(file)["tool"]["setuptools"]["packages"])
+
+
+def test_every_folder_with_code_is_listed() -> None:
+    assert listed_packages() == folders_with_code()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a development checkout needs symlinks")
+def test_the_siblings_are_linked() -> None:
+    for name in SIBLINGS:
+        link = ROOT / "specguard" / name
+        assert link.is_symlink()
+        assert link.readlink() == Path("..") / name
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_module_and_the_built_in_pair(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    [wheel] = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {f"{name.replace('.', '/')}/{file.name}" for name, file in source_files()}
+    assert {name for name in names if name.endswith(".py")} == modules
+    assert "specguard/py.typed" in names
+    for role in "draft", "target":
+        for file in "config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja":
+            assert f"specguard/models/tiny/{role}/{file}" in names
