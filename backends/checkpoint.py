@@ -3,27 +3,32 @@
 import json
 import re
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from specguard.core.errors import SpecguardError, UsageError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A folder whose config and safetensors weights are there and whole.
 
-    ``num_parameters`` counts stored numbers, ``num_bytes`` their size as stored.
+    ``num_parameters`` counts the stored numbers.
     """
 
     name: str
     folder: Path
     config: dict[str, Any]
     num_parameters: int
-    num_bytes: int
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The language model's part of the config."""
+        part = self.config.get("text_config")
+        return part if isinstance(part, dict) else self.config
 
     @property
     def model_type(self) -> str:
@@ -37,30 +42,42 @@ def open_checkpoint(source: str) -> Checkpoint:
     Never uses the network.
 
     Raises:
-        UsageError: neither an existing folder nor the form of a hub id.
-        SpecguardError: not downloaded yet; config or weights missing, truncated or corrupt.
+        SpecguardError: no such folder, not downloaded yet, or config or weights missing, truncated
+            or corrupt.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
         folder = _cached_snapshot(source)
     config = _read_config(folder)
-    num_parameters = num_bytes = 0
-    for path in _weight_files(folder):
-        for dtype, size in _tensor_sizes(path):
-            num_parameters += size
-            num_bytes += size * _ITEM_BYTES.get(dtype, 1)
-    return Checkpoint(source, folder, config, num_parameters, num_bytes)
+    num_parameters = sum(map(_count_numbers, _weight_files(folder)))
+    return Checkpoint(source, folder, config, num_parameters)
 
 
 def is_on_disk(source: str) -> bool:
     """Whether `open_checkpoint` would find a folder with weights."""
+    folder = Path(source).expanduser()
     try:
-        _weight_files(
-            Path(source) if Path(source).expanduser().is_dir() else _cached_snapshot(source)
-        )
+        _weight_files(folder if folder.is_dir() else _cached_snapshot(source))
     except SpecguardError:
         return False
     return True
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        SpecguardError: unreadable, not JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecguardError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise SpecguardError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise SpecguardError(f"{path} is not a JSON object")
+    return content
 
 
 def split_revision(hub_id: str) -> tuple[str, str | None]:
@@ -96,22 +113,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise SpecguardError(
             f"{folder} has no config.json", "give the folder of a Hugging Face checkpoint"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SpecguardError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise SpecguardError(f"{path} is not a JSON object")
-    return config
+    return read_json_object(path)
 
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise SpecguardError(f"{index} is no index of weights") from error
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) for name in weight_map.values()
+        ):
+            raise SpecguardError(f"{index} is no index of weights")
+        names = set(weight_map.values())
         paths = [folder / name for name in sorted(names)]
     else:
         paths = [folder / "model.safetensors"]
@@ -124,20 +137,14 @@ def _weight_files(folder: Path) -> list[Path]:
     return paths
 
 
-def _tensor_sizes(path: Path) -> list[tuple[str, int]]:
+def _count_numbers(path: Path) -> int:
     from safetensors import SafetensorError, safe_open
 
-    sizes = []
     try:
         with safe_open(path, framework="numpy") as file:
-            for key in file.keys():  # noqa: SIM118 (no mapping)
-                entry = file.get_slice(key)
-                size = 1
-                for length in entry.get_shape():
-                    size *= length
-                sizes.append((entry.get_dtype(), size))
+            shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise SpecguardError(
             f"the weights {path} are truncated or corrupt: {error}", "download or copy them again"
         ) from error
-    return sizes
+    return sum(map(prod, shapes))

@@ -110,6 +110,8 @@ def choose_backend(name: str) -> tuple[str, Backend, str | None]:
         UsageError: no backend has this name.
         SpecguardError: it is not usable here; says what to install.
     """
+    if name.startswith(f"{AUTO}:"):
+        raise UsageError("'auto' takes no device number", "name the backend: cuda:1")
     if name == AUTO:
         name = next(
             (candidate for candidate in _auto_order() if backend_status(candidate).is_usable),

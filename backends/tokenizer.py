@@ -1,15 +1,16 @@
 """The tokenizer of a Hugging Face folder, as the core wants it; both backends use it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from specguard.backends.checkpoint import read_json_object
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.model import Prompt
 
 _THINKING_SWITCH = "enable_thinking"
+_STAND_IN = "\ue000problem\ue000"
 
 
 class FolderTokenizer:
@@ -58,8 +59,9 @@ class FolderTokenizer:
         """
         problem = problem.strip()
         text = self._render(problem, system_prompt, thinking)
-        start = text.rfind(problem)
-        if start < 0:
+        # The problem's words may stand in the template too: a stand-in shows where it goes.
+        start = self._render(_STAND_IN, system_prompt, thinking).find(_STAND_IN)
+        if start < 0 or not text.startswith(problem, start):
             raise SpecguardError("the chat template changes the text of the problem")
         has_template = bool(self._tokenizer.chat_template)
         encoded = self._tokenizer(
@@ -111,7 +113,7 @@ def _eos_ids(folder: Path, tokenizer_eos: int | None) -> set[int]:
     ids = set() if tokenizer_eos is None else {tokenizer_eos}
     settings = folder / "generation_config.json"
     if settings.is_file():
-        listed = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")
+        listed = read_json_object(settings).get("eos_token_id")
         ids.update(listed if isinstance(listed, list) else [] if listed is None else [listed])
     return ids
 

@@ -1,6 +1,7 @@
 """``specguard backends``: what can be used here, and why not."""
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from specguard.backends.registry import backend_names, backend_status, choose_backend
@@ -23,10 +24,10 @@ def backends() -> None:
         table.add_row(
             name + (" *" if name == chosen else ""),
             "yes" if status.is_usable else "no",
-            status.device,
-            status.version,
+            escape(status.device),
+            escape(status.version),
             memory,
-            reason,
+            escape(reason),
         )
     console().print(table)
     console(stderr=True).print("* what --backend auto takes", style="dim")

@@ -1,6 +1,7 @@
 """``specguard models``: list pairs, download one, choose one."""
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from specguard import SpecguardError, UsageError
@@ -36,8 +37,8 @@ def models(ctx: click.Context) -> None:
                 "yes" if pair.is_on_disk(weights) else "no",
                 f"{pair.memory_bytes[weights] / _GIB:.1f} GiB",
                 str(pair.context_limit),
-                "built in" if is_built_in else draft,
-                "built in" if is_built_in else target,
+                "built in" if is_built_in else escape(draft),
+                "built in" if is_built_in else escape(target),
             )
     console().print(table)
     if chosen is not None:
@@ -54,6 +55,8 @@ def models(ctx: click.Context) -> None:
 def pull(name: str, weights: str | None) -> None:
     """Download pair NAME, or one model by its hub id: the one command that uses the network."""
     if "/" in name:
+        if weights is not None:
+            raise UsageError("--weights chooses between a pair's weights", "leave it out")
         sources: tuple[str, ...] = (name,)
     else:
         pair = find_pair(name)

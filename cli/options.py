@@ -133,6 +133,18 @@ def method_options(command: F) -> F:
     return command
 
 
+def check_unicode(text: str, name: str) -> None:
+    """Refuse an argument whose bytes were not UTF-8.
+
+    Raises:
+        UsageError: it holds stand-ins for such bytes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name} is not valid UTF-8") from error
+
+
 def settings_from(options: Mapping[str, Any], base: SolveConfig) -> dict[str, Any]:
     """Changes to ``base`` that the method options ask for.
 
@@ -140,6 +152,7 @@ def settings_from(options: Mapping[str, Any], base: SolveConfig) -> dict[str, An
         UsageError: an impossible value, or an option that the method has no use for.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    check_unicode(given.get("system_prompt", ""), "--system-prompt")
     if given["method"] != "specguard":
         for name, flag in SPECULATION_ONLY.items():
             if name in given:
@@ -153,6 +166,8 @@ def settings_from(options: Mapping[str, Any], base: SolveConfig) -> dict[str, An
         changes["sampling"] = Sampling(
             given.get("temperature", usual.temperature), given.get("top_p", usual.top_p)
         )
+        if "top_p" in given and changes["sampling"].is_greedy:
+            raise UsageError("--top-p has no meaning at temperature 0", "give --temperature too")
     if "rewrite_temperature" in given:
         changes["rewrite_sampling"] = Sampling(given["rewrite_temperature"], 1.0)
     changes["verifier"] = _verifier(given, base.verifier)
@@ -160,6 +175,8 @@ def settings_from(options: Mapping[str, Any], base: SolveConfig) -> dict[str, An
 
 
 def _verifier(given: Mapping[str, Any], verifier: VerifierConfig) -> VerifierConfig:
+    if "preset" in given and "beta" in given:
+        raise UsageError("--preset and --beta exclude one another")
     changes: dict[str, Any] = dict(PRESETS[given["preset"]]) if "preset" in given else {}
     if "beta" in given:
         changes["weights"] = ensemble_weights(given["beta"])

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import click
 
 from specguard import Engine, Solution, UsageError, load
-from specguard.cli.options import method_options, model_options, settings_from
+from specguard.cli.options import check_unicode, method_options, model_options, settings_from
 from specguard.cli.output import Reporter, console
 from specguard.core.records import step_to_dict
 from specguard.loading import choose, configure
@@ -50,15 +50,13 @@ def solve(
     text = read_problem(problem, file)
     choice = choose(pair, backend, draft, target)
     settings = settings_from(options, configure(choice.pair))
-    if options["method"] == "specguard" and None in (choice.draft, choice.target):
-        raise UsageError("--draft and --target go together", "or name a pair with --models")
     reporter = Reporter(is_silent=as_json or as_jsonl or quiet)
     with reporter.loading() as progress:
         engine = load(
             choice.pair.name if choice.pair else None,
             backend=backend,
-            draft=None if choice.pair else choice.draft,
-            target=None if choice.pair else choice.target,
+            draft=draft,
+            target=target,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             progress=progress,
@@ -100,12 +98,13 @@ def read_problem(problem: str | None, file: Path | None) -> str:
         except OSError as error:
             raise UsageError(f"{file} cannot be read: {error.strerror}") from error
     elif problem == "-":
+        if sys.stdin is None:
+            raise UsageError("standard input is closed")
         text = _decode(sys.stdin.buffer, "standard input")
     else:
         assert problem is not None
         text = problem
-        if not text.isascii() and text.encode(errors="replace").decode() != text:
-            raise UsageError("the problem is not valid UTF-8")
+        check_unicode(text, "the problem")
     if not text.strip():
         raise UsageError("the problem is empty")
     return text

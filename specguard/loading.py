@@ -49,9 +49,11 @@ def load(
         UsageError: unknown names or impossible settings.
         SpecguardError: the backend or a model cannot be used.
     """
-    choice, chosen = choose(pair, backend, draft, target), choose_backend(backend)
+    choice = choose(pair, backend, draft, target)
     config = configure(choice.pair, **settings)
-    _, implementation, device = chosen
+    if config.method == "specguard" and (choice.draft is None or choice.target is None):
+        raise UsageError("a draft and a target go together", "give both, or name a pair")
+    _, implementation, device = choose_backend(backend)
     models: list[LanguageModel[Any] | None] = []
     for role, source in ("draft", choice.draft), ("target", choice.target):
         if source is None or config.method not in ("specguard", role):
@@ -81,10 +83,10 @@ def choose(
     else:
         found, is_fallback = _default_pair(weights)
     pair_draft, pair_target = found.sources(weights)
-    is_whole = draft is None and target is None
-    return Choice(
-        found if is_whole else None, draft or pair_draft, target or pair_target, name, is_fallback
-    )
+    if draft is not None or target is not None:
+        # Bounds are fitted to both models; the rest of the pair's settings still holds.
+        found = replace(found, verifier=replace(found.verifier, bounds={}))
+    return Choice(found, draft or pair_draft, target or pair_target, name, is_fallback)
 
 
 def configure(pair: ModelPair | None, **settings: Any) -> SolveConfig:

@@ -21,7 +21,8 @@ def folder(checkpoint: Path, tmp_path: Path) -> Path:
 def test_a_whole_folder_is_described(folder: Path) -> None:
     found = open_checkpoint(str(folder))
     assert found.model_type == "llama"
-    assert found.num_bytes == 4 * found.num_parameters > 0
+    assert 4 * found.num_parameters < (folder / "model.safetensors").stat().st_size
+    assert found.num_parameters > 100_000
     assert is_on_disk(str(folder))
 
 
@@ -44,6 +45,8 @@ def test_what_is_no_folder_and_not_downloaded(tmp_path: Path) -> None:
         ("model.safetensors", b"", "truncated or corrupt"),
         ("model.safetensors", b"\x08" + b"\0" * 7 + b"{notjson", "truncated or corrupt"),
         ("model.safetensors.index.json", b"{}", "no index of weights"),
+        ("model.safetensors.index.json", b"[]", "not a JSON object"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": 1}}', "no index of weights"),
     ],
 )
 def test_missing_and_broken_files(
@@ -68,6 +71,22 @@ def test_missing_shards(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SpecguardError, match="model-00001-of-00002"):
         open_checkpoint(str(folder))
+
+
+def test_missing_tensors(folder: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = folder / "model.safetensors"
+    kept = {name: value for name, value in load_file(path).items() if "layers.1." not in name}
+    save_file(kept, path, metadata={"format": "pt"})
+    with pytest.raises(SpecguardError, match=r"lack model\.layers\.1\.input_layernorm"):
+        load_model(str(folder))
+
+
+def test_broken_generation_settings(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(SpecguardError, match="not valid JSON"):
+        load_model(str(folder))
 
 
 def test_pickled_weights_are_not_read(folder: Path) -> None:
@@ -135,7 +154,9 @@ def test_the_span_is_the_problem(folder: Path) -> None:
     tokenizer = FolderTokenizer(folder)
     problem = "Mia has 2 shells. user \\frac{1}{2} é 火"
     assert span(tokenizer, f"  {problem}\n") == problem
-    # The system prompt may hold the problem's words.
+    # The template and the system prompt may hold the problem's words.
+    assert span(tokenizer, "s") == "s"
+    assert tokenizer.encode_prompt("assistant", None, False).problem_span[0] == 3
     assert span(tokenizer, "user", "user user") == "user"
     prompt = tokenizer.encode_prompt("x", "Be brief.", False)
     assert "Be brief." in tokenizer.decode(prompt.token_ids)

@@ -108,7 +108,7 @@ def test_options_reach_the_engine() -> None:
     options += ["--sources", "context", "--selector", "ngram", "--temperature", "0.9"]
     options += ["--top-p", "0.9", "--max-step-tokens", "40", "--max-steps", "9", "--detail"]
     data = json.loads(invoke("solve", SHELLS, *options, "--json").stdout)
-    assert data["seed"] == 5
+    assert data["config"]["seed"] == 5
     for step in data["steps"]:
         assert step["accepted"]
         assert step["threshold"] == 0
@@ -158,7 +158,12 @@ USAGE_ERRORS = [
     (["solve", "x", "--thinking"], "no switch for thinking"),
     (["solve", "x", "--draft", str(TINY / "draft")], "go together"),
     (["solve", "x", "--nonsense"], "No such option"),
+    (["solve", "x", "--backend", "auto:1"], "name the backend"),
+    (["solve", "x", "--method", "target", "--top-p", "0.5"], "--temperature too"),
+    (["solve", "x", "--preset", "paper", "--beta", "0.5"], "exclude one another"),
+    (["solve", "x", "--system-prompt", "\udcff"], "not valid UTF-8"),
     (["models", "use", "qwen"], "did you mean"),
+    (["models", "pull", "a/b", "--weights", "mlx"], "--weights"),
     (["models", "pull", "qwen2"], "did you mean"),
     (["models", "pull", "a/b/c"], "no hub id"),
 ]

@@ -1,5 +1,7 @@
 """Every branch of the step loop, on scripted models."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -191,6 +193,18 @@ def test_a_step_cut_by_its_cap_goes_on_as_the_next_step() -> None:
     assert solution.text == "abcdefgh" + ANSWER
 
 
+def test_a_character_may_be_split_between_steps() -> None:
+    class Bytes(CharTokenizer):
+        def decode(self, token_ids: Sequence[int]) -> str:
+            return bytes(token_ids).decode(errors="replace")
+
+    script: list[list[str] | str] = ["abcdefg\u00c3", "\u00a9 \\boxed{1}.\n\n"]
+    draft = Scripted("d", script, tokenizer=Bytes())
+    solution = run(draft, Scripted("t", [], tokenizer=Bytes()))
+    assert solution.text == "abcdefg\u00e9 \\boxed{1}.\n\n"
+    assert [step.text for step in solution.steps] == ["abcdefg", "\u00e9 \\boxed{1}.\n\n"]
+
+
 def test_an_answer_may_be_split_between_steps() -> None:
     solution = run(Scripted("d", ["\\boxed{1", "2}.\n\n"]), Scripted("t", []))
     assert (solution.answer, solution.finish_reason) == ("12", "answer")
@@ -293,6 +307,9 @@ def test_uniforms_are_float32_in_range() -> None:
     assert drawn.dtype == np.float32
     assert drawn.min() >= 0
     assert drawn.max() < 1
+    # Keys that differ in their last bits only are other keys, however large.
+    large = [uniforms(0, 2**63 + i, Purpose.DRAFT, 0, 1, 4).tolist() for i in (1, 2, 700)]
+    assert large[0] != large[1] != large[2] != large[0]
     # A candidate's uniforms depend on neither the number of candidates nor the length asked for.
     np.testing.assert_array_equal(uniforms(1, 2, Purpose.DRAFT, 3, 2, 10), drawn[:2, :10])
     for other in (

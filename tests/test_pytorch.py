@@ -1,5 +1,6 @@
 """The PyTorch backend against transformers itself, and the models that it refuses."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from specguard.core import (
     Sampling,
     SolveConfig,
     SpecguardError,
+    UsageError,
     VerifierConfig,
 )
 from specguard.core.grounding import grounding
@@ -268,6 +270,26 @@ def test_half_precision_works(checkpoint: Path, dtype: str) -> None:
     engine = Engine(model, model, SolveConfig(num_candidates=2, max_tokens=24))
     solution = engine.solve(PROBLEM, detail=True)
     assert np.isfinite(list(solution.steps[0].signals.values())).all()
+
+
+def test_more_layers_than_the_model_has_are_refused(checkpoint: Path) -> None:
+    model = load_model(str(checkpoint))
+    sequence = model.start(Prompt((5, 6, 7), (0, 3)))
+    with pytest.raises(UsageError, match="attention of 5 layers is asked for"):
+        model.extend([sequence], [[8]], [Capture(np.ones(3, dtype=bool), 5)])
+
+
+def test_weights_that_are_not_finite_are_said(checkpoint: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][:] = np.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(str(folder))
+    for sampling in GREEDY, Sampling(1.0, 0.9):
+        with pytest.raises(SpecguardError, match="not finite"):
+            Engine(target=model).solve(PROBLEM, method="target", sampling=sampling, max_tokens=5)
 
 
 def test_devices_and_dtypes_are_checked(checkpoint: Path) -> None:

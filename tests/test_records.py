@@ -24,7 +24,7 @@ def test_json_has_the_documented_names(solution: Solution) -> None:
     assert {"answer", "text", "finish_reason", "steps", "stats", "schema_version"} <= data.keys()
     for step in data["steps"]:
         assert {"text", "accepted", "author", "scores"} <= step.keys()
-        if data["method"] == "specguard":
+        if data["config"]["method"] == "specguard":
             assert {"log_prob", "grounding", "ensemble"} <= step["scores"].keys()
             assert len(step["tokens"]["logprobs"]) == len(step["tokens"]["token_ids"])
 

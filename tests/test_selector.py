@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specguard.core import Candidate, UsageError
-from specguard.core.embedders import embed_by_draft, embed_by_ngrams, load_embedder
+from specguard.core import Candidate, SolveConfig, UsageError
+from specguard.core.embedders import embed_by_draft, embed_by_ngrams
 from specguard.core.selector import mean_similarities, select_medoid
 
 
@@ -60,4 +60,4 @@ def test_ngrams_see_a_wrong_number() -> None:
 def test_unknown_embedders_are_refused() -> None:
     for name in ("", "word2vec", "sentence-transformers:"):
         with pytest.raises(UsageError, match="no selector"):
-            load_embedder(name)
+            SolveConfig(selector=name)

@@ -69,6 +69,12 @@ def test_normalised_signals_lie_in_the_unit_interval(value: float, low: float, h
     assert 0 <= normalise("log_prob", value, config) <= 1
 
 
+def test_without_bounds_grounding_is_bounded_by_what_the_layers_leave() -> None:
+    config = VerifierConfig(num_layers=2, residual=0.6)
+    assert normalise("grounding", 1 - 0.6**2, config) == pytest.approx(1.0)
+    assert normalise("grounding", 0.32, config) == pytest.approx(0.5)
+
+
 def test_lower_entropy_scores_higher() -> None:
     config = VerifierConfig()
     assert normalise("entropy_mean", 0.1, config) > normalise("entropy_mean", 1.0, config)
@@ -105,6 +111,7 @@ def test_impossible_verifiers_are_refused(settings: dict[str, object]) -> None:
         {"max_steps": 0},
         {"seed": -1},
         {"delimiter": ""},
+        {"delimiter": "。"},
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, object]) -> None:
@@ -118,7 +125,9 @@ def test_beta_is_a_share(beta: float) -> None:
         ensemble_weights(beta)
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(-1, 1), (float("nan"), 1), (1, 0), (1, 1.5)])
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(-1, 1), (1e-9, 1), (float("nan"), 1), (1, 0), (1, 1.5)]
+)
 def test_impossible_samplings_are_refused(temperature: float, top_p: float) -> None:
     with pytest.raises(UsageError):
         Sampling(temperature, top_p)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from specguard.backends.pytorch.attention import ATTENTION_NAME, AttentionPass, RowCapture
 from specguard.backends.pytorch.kv import KVBuffer, PassCache, stack_rows
-from specguard.core.errors import SpecguardError
+from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.model import AttentionBlock, Capture, FloatArray
 
 SHARED = -1  # owner of columns that every query of the row may see
@@ -81,6 +81,7 @@ class Forward:
         capture_refusal: str | None = None,
     ) -> None:
         self.model = model.eval()
+        self._name = name
         self._num_tokens = num_tokens
         self.device = model.device
         self.capture_refusal = capture_refusal
@@ -156,6 +157,11 @@ class Forward:
             attention.blocks.append([])
         wanted_layers = (capture.num_layers for capture in captures if capture is not None)
         attention.first_layer = self._num_layers - max(wanted_layers, default=0)
+        if attention.first_layer < 0:
+            raise UsageError(
+                f"attention of {self._num_layers - attention.first_layer} layers is asked for and "
+                f"{self._name} has {self._num_layers}"
+            )
         output = self._call(self.model, layout, token_grid, position_grid, owner_grid, attention)
         hidden, self._head_input = self._head_input, None
         assert hidden is not None

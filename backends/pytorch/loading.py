@@ -42,14 +42,16 @@ def load_model(
     register()
     try:
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder,
+                output_loading_info=True,
                 dtype=number_type,
                 attn_implementation=ATTENTION_NAME if refusal is None else "eager",
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
-            ).to(place)
+            )
+            model = model.to(place)
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(checkpoint, place) from error
     except Exception as error:
@@ -60,6 +62,12 @@ def load_model(
             if "trust_remote_code" in str(error)
             else "",
         ) from error
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise SpecguardError(
+            f"the weights of {source} lack {absent[0]} and {len(absent) - 1} more",
+            "download or copy them again",
+        )
     text_config = model.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None)
     num_tokens = max(tokenizer.vocabulary.values()) + 1
@@ -73,7 +81,7 @@ def load_model(
 
 def capture_refusal(checkpoint: Checkpoint) -> str | None:
     """Why a checkpoint's attention cannot be captured, or None."""
-    config = checkpoint.config.get("text_config") or checkpoint.config
+    config = checkpoint.text_config
     if config.get("attn_logit_softcapping"):
         return f"{checkpoint.model_type} soft-caps its attention scores"
     if _has_sliding_window(config):
@@ -91,7 +99,7 @@ def _has_sliding_window(config: dict[str, object]) -> bool:
 
 
 def _check_usable(checkpoint: Checkpoint) -> None:
-    config = checkpoint.config.get("text_config") or checkpoint.config
+    config = checkpoint.text_config
     unusable = set(config.get("layer_types") or []) - _USABLE_LAYERS
     if unusable:
         raise SpecguardError(

@@ -356,6 +356,11 @@ class TorchModel:
         # One transfer per quantity for the whole step, not one per token.
         order = np.concatenate([alive for alive, *_ in trail])
         logprobs = _numpy(torch.cat([entry[1] for entry in trail]))
+        if not np.isfinite(logprobs).all():
+            raise SpecguardError(
+                f"{self.name} gives probabilities that are not finite",
+                "try --dtype float32; the weights may be damaged",
+            )
         entropies = _numpy(torch.cat([entry[2] for entry in trail]))
         hidden = torch.cat([entry[3] for entry in trail]).float()
         sums = hidden.new_zeros(len(drafts), hidden.shape[1])

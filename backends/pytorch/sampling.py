@@ -5,9 +5,17 @@ from torch import Tensor
 
 from specguard.core.model import Sampling
 
+_CHUNK = 128
+
 
 def describe(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Log-prob of a token and entropy (nats) of each row [N, V], at temperature 1, in float32."""
+    if len(logits) > _CHUNK:  # a long row of float32 copies would not fit beside a large model
+        parts = [
+            describe(*part)
+            for part in zip(logits.split(_CHUNK), token_ids.split(_CHUNK), strict=True)
+        ]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
     return chosen, torch.special.entr(logprobs.exp()).sum(-1)
@@ -38,4 +46,5 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     total = cdf[:, -1:]
     # Just below the total, so that rounding never reaches past the last possible token.
     wanted = torch.minimum(uniforms.unsqueeze(-1) * total, total * (1 - 2**-22))
-    return torch.searchsorted(cdf, wanted, right=True).squeeze(-1)
+    # Only what is not a number comes out past the end; the caller refuses its log-probability.
+    return torch.searchsorted(cdf, wanted, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)

@@ -14,7 +14,7 @@ DELIMITER = "\n\n"
 MAX_COUNT = 400
 
 # One stream of problems per use, so that no problem is seen in training and reported on.
-TRAINING, CALIBRATION, HELD_OUT, RECALL = 1, 2, 3, 4
+TRAINING, CALIBRATION, HELD_OUT = 1, 2, 3
 
 NAMES = [
     "Adam",
@@ -235,6 +235,7 @@ class _World:
     actors: list[str]
     things: str
     counts: dict[str, int]
+    tracks_both: bool
 
     def pick(self, options: list[str]) -> str:
         return options[int(self.rng.integers(len(options)))]
@@ -256,7 +257,7 @@ def _change(world: _World, actor: str, symbol: str, operand: int) -> str:
         "/": before // operand,
     }[symbol]
     world.counts[actor] = after
-    return f"{actor} had {before}, so {before} {symbol} {operand} = {after}. {actor} has {after}."
+    return f"{actor} had {before}, so {before} {symbol} {operand} = {after}."
 
 
 def _gain(verbs: list[str]) -> _Event:
@@ -319,7 +320,7 @@ def _give(world: _World, actor: str) -> tuple[str, str] | None:
         return None
     n = world.amount(2, min(40, world.counts[actor] - 1))
     other = others[0]
-    if world.counts[other] + n > MAX_COUNT:
+    if world.tracks_both and world.counts[other] + n > MAX_COUNT:
         return None
     wording = world.pick(
         [
@@ -327,8 +328,9 @@ def _give(world: _World, actor: str) -> tuple[str, str] | None:
             f"{actor} gives {other} {n} {world.things}.",
         ]
     )
-    given, received = _change(world, actor, "-", n), _change(world, other, "+", n)
-    return wording, f"{actor} gives {n} {world.things} to {other}. {given} {received}"
+    given = _change(world, actor, "-", n)
+    received = f" {_change(world, other, '+', n)}" if world.tracks_both else ""
+    return wording, f"{actor} gives {n} {world.things} to {other}. {given}{received}"
 
 
 EVENTS: tuple[_Event, ...] = (
@@ -391,45 +393,37 @@ def _choose_words(rng: np.random.Generator, num_actors: int) -> tuple[list[str],
     return actors, things
 
 
-def generate(stream: int, index: int) -> Problem:
-    """Problem number ``index`` of a stream; the same arguments give the same problem."""
+def generate(stream: int, index: int, tracks_both: bool = False) -> Problem:
+    """Problem number ``index`` of a stream; the same arguments give the same problem.
+
+    The count of one actor is followed; a second one, where there is one, only receives. With
+    ``tracks_both`` the second one acts too, and the question may be about either.
+    """
     rng = np.random.Generator(np.random.Philox(key=[stream, index]))
-    actors, things = _choose_words(rng, 2 if rng.random() < 0.7 else 1)
-    world = _World(rng, actors, things, {a: int(rng.integers(4, 81)) for a in actors})
-    sentences = [f"{a} {world.pick(['has', 'had'])} {world.counts[a]} {things}." for a in actors]
+    actors, things = _choose_words(rng, 2 if rng.random() < 0.6 else 1)
+    followed = actors if tracks_both else actors[:1]
+    counts = {actor: int(rng.integers(4, 81)) for actor in followed}
+    world = _World(rng, actors, things, counts, tracks_both)
+    sentences = [
+        f"{a} {world.pick(['has', 'has', 'starts with', 'had'])} {world.counts[a]} {things}."
+        for a in followed
+    ]
     steps: list[str] = []
     num_events = int(rng.integers(2, 6))
     while len(steps) < num_events:
-        actor = actors[int(rng.integers(len(actors)))]
+        actor = followed[int(rng.integers(len(followed)))]
         outcome = EVENTS[int(rng.integers(len(EVENTS)))](world, actor)
         if outcome is None:
             continue
         sentences.append((world.pick(_LINKS) if steps else "") + outcome[0])
         steps.append(outcome[1])
-    asked = actors[int(rng.integers(len(actors)))]
+    asked = followed[int(rng.integers(len(followed)))]
     sentences.append(
         f"How many {things} does {asked} have{world.pick(['', ' now', ' left', ' in the end'])}?"
     )
     answer = world.counts[asked]
     steps.append(f"The answer is \\boxed{{{answer}}}.")
     return Problem(" ".join(sentences), tuple(steps), answer)
-
-
-def recall(index: int) -> Problem:
-    """Practice in telling apart who has how many: up to eight actors, said again in another order.
-
-    Problems alone teach this slowly: with two actors, a guess is right half of the time.
-    """
-    rng = np.random.Generator(np.random.Philox(key=[RECALL, index]))
-    num_actors = int(rng.integers(2, 9))
-    actors, things = _choose_words(rng, num_actors)
-    counts = [int(count) for count in rng.integers(4, 100, num_actors)]
-    facts = [
-        f"{actor} {('has', 'had')[rng.integers(2)]} {count} {things}."
-        for actor, count in zip(actors, counts, strict=True)
-    ]
-    again = " ".join(f"{actors[i]} has {counts[i]}." for i in rng.permutation(num_actors))
-    return Problem(" ".join(facts), (f"So {again}",), counts[0])
 
 
 def stream(number: int, start: int = 0) -> Iterator[Problem]:

@@ -40,7 +40,7 @@ BATCHES_PER_CHUNK = 8
 class Stage:
     """Steps on one task with an optimizer and its peak learning rate."""
 
-    task: Literal["problems", "recall"]
+    task: Literal["problems", "both actors"]
     num_steps: int
     optimizer: Literal["muon", "adamw"]
     rate: float
@@ -61,14 +61,7 @@ class Recipe:
 
 
 RECIPES = {
-    "draft": Recipe(
-        96,
-        2,
-        4,
-        2,
-        256,
-        stages=(Stage("problems", 4000, "muon", 3e-3), Stage("problems", 600, "adamw", 2e-3)),
-    ),
+    "draft": Recipe(96, 2, 4, 2, 256, stages=(Stage("problems", 1500, "muon", 3e-3),)),
     "target": Recipe(
         160,
         6,
@@ -76,9 +69,8 @@ RECIPES = {
         2,
         448,
         stages=(
-            Stage("problems", 2000, "muon", 3e-3),
-            Stage("recall", 900, "adamw", 2e-3),
-            Stage("problems", 1300, "adamw", 1.5e-3),
+            Stage("both actors", 2000, "muon", 3e-3),
+            Stage("problems", 300, "adamw", 1e-3),
         ),
     ),
 }
@@ -216,13 +208,12 @@ def train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Q
                 with (folder / "log.jsonl").open("a") as file:
                     file.write(json.dumps(record) + "\n")
             if step % 100 == 0 or is_last:
-                used = step * recipe.batch_size if stage.task == "problems" else 0
                 state = {
                     "model": model.state_dict(),
                     "optimizers": [] if is_last else [o.state_dict() for o in optimizers],
                     "stage": index + is_last,
                     "step": 0 if is_last else step,
-                    "num_problems": seen + used if is_last else seen,
+                    "num_problems": seen + step * recipe.batch_size if is_last else seen,
                 }
                 partial = checkpoint.with_suffix(".partial")
                 torch.save(state, partial)
@@ -242,9 +233,8 @@ def _train_stage(
     """Yield the number of each step and the mean loss of the last 50."""
 
     def problem(index: int) -> problems.Problem:
-        if stage.task == "recall":
-            return problems.recall(index)
-        return problems.generate(problems.TRAINING, num_seen + index)
+        tracks_both = stage.task == "both actors"
+        return problems.generate(problems.TRAINING, num_seen + index, tracks_both)
 
     losses: deque[float] = deque(maxlen=50)
     batches = training_batches(

@@ -19,14 +19,16 @@ CONSERVATIVE_BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
     {
         "log_prob": (-6.0, 0.0),
         "log_prob_mean": (-2.0, 0.0),
-        "grounding": (0.0, 0.875),
-        "grounding_mean": (0.0, 0.875),
         "entropy_mean": (2.0, 0.0),
         "entropy_max": (4.0, 0.0),
         "sink_mass": (1.0, 0.0),
         "consistency": (0.0, 1.0),
     }
 )
+SIGNALS = (*CONSERVATIVE_BOUNDS, "grounding", "grounding_mean")
+# Embedders of the selector; a third kind loads a model of that package.
+EMBEDDERS = ("draft", "ngram")
+SENTENCE_TRANSFORMERS = "sentence-transformers:"
 ATTENTION_SIGNALS = frozenset({"grounding", "grounding_mean", "sink_mass"})
 
 
@@ -81,8 +83,8 @@ class VerifierConfig:
         if self.sources not in ("problem", "context"):
             raise UsageError(f"sources must be 'problem' or 'context', not {self.sources!r}")
         for name in (*self.weights, *self.bounds):
-            if name not in CONSERVATIVE_BOUNDS:
-                known = ", ".join(CONSERVATIVE_BOUNDS)
+            if name not in SIGNALS:
+                known = ", ".join(SIGNALS)
                 raise UsageError(f"no signal is called {name!r}", f"signals: {known}")
         if self.weights and not (
             all(0 <= w <= 1 for w in self.weights.values())
@@ -96,6 +98,17 @@ class VerifierConfig:
                 raise UsageError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
         if self.num_layers < 1:
             raise UsageError(f"num_layers must be at least 1, not {self.num_layers}")
+
+    def bounds_of(self, signal: str) -> tuple[float, float]:
+        """The values that score 0 and 1: fitted ones, else conservative ones.
+
+        Grounding is bounded by 1 - r**L, what the residual leaves of L layers.
+        """
+        if signal in self.bounds:
+            return self.bounds[signal]
+        if signal in CONSERVATIVE_BOUNDS:
+            return CONSERVATIVE_BOUNDS[signal]
+        return 0.0, max(1 - self.residual**self.num_layers, 1e-9)
 
     @property
     def needs_attention(self) -> bool:
@@ -149,8 +162,15 @@ class SolveConfig:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**64:
             raise UsageError(f"seed must lie in [0, 2**64), not {self.seed}")
-        if not self.delimiter:
-            raise UsageError("the step delimiter must not be empty")
+        if not self.delimiter.isascii() or not self.delimiter:
+            # Other characters may be spread over tokens, where no token completes them.
+            raise UsageError("the step delimiter must be ASCII text, one character or more")
+        if self.selector not in EMBEDDERS and not (
+            self.selector.startswith(SENTENCE_TRANSFORMERS)
+            and self.selector != SENTENCE_TRANSFORMERS
+        ):
+            known = ", ".join((*EMBEDDERS, f"{SENTENCE_TRANSFORMERS}NAME"))
+            raise UsageError(f"no selector is called {self.selector!r}", f"selectors: {known}")
 
     @property
     def step_sampling(self) -> Sampling:

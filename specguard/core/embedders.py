@@ -9,32 +9,26 @@ from itertools import pairwise
 
 import numpy as np
 
-from specguard.core.errors import SpecguardError, UsageError
+from specguard.core.config import SENTENCE_TRANSFORMERS
+from specguard.core.errors import SpecguardError
 from specguard.core.model import Candidate, FloatArray
 from specguard.core.selector import Embedder
 
 _WORD = re.compile(r"\d+(?:\.\d+)?|\w+|[^\w\s]")
 _NGRAM_WIDTH = 1024
-_SENTENCE_TRANSFORMERS = "sentence-transformers:"
 
 
 def load_embedder(name: str) -> Embedder:
-    """The embedder called ``name``.
+    """The embedder called ``name``, a name that `SolveConfig` accepts as a selector.
 
     Raises:
-        UsageError: no embedder has this name.
         SpecguardError: its package or its model is not installed.
     """
     if name == "draft":
         return embed_by_draft
     if name == "ngram":
         return embed_by_ngrams
-    if name.startswith(_SENTENCE_TRANSFORMERS) and name != _SENTENCE_TRANSFORMERS:
-        return _load_sentence_transformer(name.removeprefix(_SENTENCE_TRANSFORMERS))
-    raise UsageError(
-        f"no selector is called {name!r}",
-        f"selectors: draft, ngram, {_SENTENCE_TRANSFORMERS}NAME",
-    )
+    return _load_sentence_transformer(name.removeprefix(SENTENCE_TRANSFORMERS))
 
 
 def embed_by_draft(candidates: Sequence[Candidate]) -> FloatArray:

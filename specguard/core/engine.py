@@ -72,9 +72,11 @@ class Engine:
                 raises.
         """
         config = replace(self.config, **changes)
-        embed = self._embedders.get(config.selector)
+        # Plain decoding selects nothing, so it asks for no package.
+        selector = config.selector if config.method == "specguard" else "draft"
+        embed = self._embedders.get(selector)
         if embed is None:
-            embed = self._embedders[config.selector] = load_embedder(config.selector)
+            embed = self._embedders[selector] = load_embedder(selector)
         return StepStream(solve_steps(problem, self.draft, self.target, embed, config))
 
     def solve(self, problem: str, **changes: Any) -> Solution:

@@ -114,6 +114,8 @@ class _Run:
         self.key = problem_key(problem)
         self.steps: list[StepRecord] = []
         self.text = ""
+        self.cut_ids: list[int] = []  # tokens since the last step that ended by itself
+        self.cut_text = ""
         self.num_verified_tokens = 0
         self.seconds: dict[Phase, float] = {}
         self.finish_reason: FinishReason | None = None
@@ -191,9 +193,10 @@ class _Run:
         by_target = decision == "rewritten" or (
             decision == "plain" and self.config.method == "target"
         )
+        text = self._text_of(written)
         step = StepRecord(
             index=len(self.steps),
-            text=written.text,
+            text=text,
             author="target" if by_target else "draft",
             decision=decision,
             num_tokens=len(written.token_ids),
@@ -209,7 +212,7 @@ class _Run:
         )
         self.seconds = {}
         self.steps.append(step)
-        self.text += step.text
+        self.text += text
         self.finish_reason = self._finish_reason(written)
         return step
 
@@ -228,10 +231,9 @@ class _Run:
                 len(self.prompt.token_ids),
                 self.num_verified_tokens,
             ),
-            method=self.config.method,
+            config=self.config,
             draft=self.models["draft"].name if "draft" in self.models else None,
             target=self.models["target"].name if "target" in self.models else None,
-            seed=self.config.seed,
             is_calibrated=self.config.verifier.is_calibrated,
         )
 
@@ -303,6 +305,18 @@ class _Run:
             is_source[first:last] = True
             is_source[0] = False
         return Capture(is_source, verifier.num_layers, verifier.epsilon)
+
+    def _text_of(self, written: Candidate) -> str:
+        """The step's text; after a cut it is read on from there, a character may span the two."""
+        self.cut_ids.extend(written.token_ids)
+        text = self.tokenizer.decode(self.cut_ids)
+        is_cut = written.finish == "length"
+        if is_cut:
+            text = text.rstrip("\ufffd")
+        new, self.cut_text = text[len(self.cut_text) :], text
+        if not is_cut:
+            self.cut_ids, self.cut_text = [], ""
+        return new
 
     def _candidate_records(
         self, candidates: list[Candidate], selection: Selection | None

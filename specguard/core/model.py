@@ -33,15 +33,17 @@ class Sampling:
     """How tokens are drawn; temperature 0 is greedy and ignores ``top_p``.
 
     Raises:
-        UsageError: temperature below 0, or top_p outside (0, 1].
+        UsageError: temperature neither 0 nor from 0.001 on, or top_p outside (0, 1].
     """
 
     temperature: float = 0.7
     top_p: float = 0.8
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UsageError(f"temperature must be a number from 0 on, not {self.temperature}")
+        if self.temperature != 0 and not 1e-3 <= self.temperature < float("inf"):
+            raise UsageError(
+                f"temperature must be 0 (greedy) or from 0.001 on, not {self.temperature}"
+            )
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must lie in (0, 1], not {self.top_p}")
 
@@ -58,8 +60,8 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0)
 class Boundary:
     """Where a step ends: with the token that completes ``delimiter``, at EOS, or at the cap.
 
-    A delimiter counts only after text that is not blank, so a step is never empty. An empty
-    delimiter never matches: the step runs to EOS or to the cap.
+    A delimiter counts only once there is text that is not blank, so a step never consists of
+    blank lines. An empty delimiter never matches: the step runs to EOS or to the cap.
 
     Raises:
         UsageError: ``max_tokens`` below 1.
@@ -97,7 +99,9 @@ class Candidate:
 class Capture:
     """What `LanguageModel.extend` is to read from the attention of its pass.
 
-    X
+    ``is_source`` [c] splits the c tokens that the sequence holds before the pass into grounding
+    sources (True) and sinks. Weights below ``epsilon`` and weights on sinks are dropped before
+    rows are renormalised. Blocks come from the last ``num_layers`` layers.
     """
 
     is_source: BoolArray

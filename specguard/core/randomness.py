@@ -28,9 +28,11 @@ def uniforms(
 
     A candidate's uniform at a position depends on neither ``num_candidates`` nor ``count``.
     """
+    # As unsigned integers: a list would pass through float64 and lose bits.
+    key = np.array([seed, problem], dtype=np.uint64)
     rows = [
         np.random.Generator(
-            np.random.Philox(key=[seed, problem], counter=[0, purpose, candidate, step])
+            np.random.Philox(key=key, counter=[0, purpose, candidate, step])
         ).random(count, dtype=np.float32)
         for candidate in range(num_candidates)
     ]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import cattrs
 from cattrs.gen import make_dict_structure_fn
 
-from specguard.core.config import Author, Method
+from specguard.core.config import Author, SolveConfig
 from specguard.core.errors import SpecguardError
 from specguard.core.model import CandidateFinish
 
@@ -106,10 +106,9 @@ class Solution:
     finish_reason: FinishReason
     steps: tuple[StepRecord, ...]
     stats: Stats
-    method: Method
+    config: SolveConfig
     draft: str | None
     target: str | None
-    seed: int
     is_calibrated: bool
     schema_version: int = field(default=SCHEMA_VERSION)
 
@@ -173,6 +172,12 @@ def _step_from_dict(data: dict[str, Any], _: object) -> StepRecord:
     return _structure_step({**data, "scores": scores}, StepRecord)
 
 
+def _checked(value: Any, wanted: type) -> Any:
+    if not isinstance(value, wanted):
+        raise TypeError(f"{value!r} is no {wanted.__name__}")
+    return value
+
+
 def summarise(
     steps: Sequence[StepRecord], seconds: float, num_prompt_tokens: int, num_verified_tokens: int
 ) -> Stats:
@@ -208,3 +213,5 @@ def summarise(
 _converter = cattrs.Converter()
 _structure_step = make_dict_structure_fn(StepRecord, _converter)
 _converter.register_structure_hook(StepRecord, _step_from_dict)
+for _type in (str, bool):
+    _converter.register_structure_hook(_type, _checked)

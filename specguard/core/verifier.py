@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from specguard.core.config import CONSERVATIVE_BOUNDS, VerifierConfig
+from specguard.core.config import VerifierConfig
 from specguard.core.grounding import grounding
 from specguard.core.model import Capture, FloatArray, Observation
 
@@ -57,5 +57,5 @@ def verify(
 
 def normalise(signal: str, value: float, config: VerifierConfig) -> float:
     """Min-max normalisation to [0, 1] by the pair's bounds, clamped."""
-    low, high = config.bounds.get(signal, CONSERVATIVE_BOUNDS[signal])
+    low, high = config.bounds_of(signal)
     return min(1.0, max(0.0, (value - low) / (high - low)))
