@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from specguard.backends.checkpoint import is_on_disk
-from specguard.core.config import VerifierConfig
+from specguard.core.config import VerifierConfig, ensemble_weights
 from specguard.core.errors import UsageError
 
 ENTRY_POINT_GROUP = "specguard.pairs"
@@ -92,6 +92,11 @@ def _tiny() -> ModelPair:
         target={"torch": folders["target"], "mlx": folders["target"]},
         memory_bytes={"torch": 10_000_000, "mlx": 10_000_000},
         context_limit=2048,
+        num_candidates=8,
+        # Fitted on calibration problems, see models/tiny/README.md. The draft has two layers.
+        verifier=VerifierConfig(
+            weights=ensemble_weights(1.0), bounds={"log_prob": (-2.0, 0.0)}, num_layers=2
+        ),
     )
 
 

@@ -141,6 +141,7 @@ def _judged_steps(engine: Engine, count: int) -> Iterator[dict[str, Any]]:
                     is_source = np.ones(len(sequence.token_ids), dtype=np.bool_)
                     is_source[: len(prompt.token_ids)] = False
                     is_source[slice(*prompt.problem_span)] = True
+                    is_source[0] = False
                     capture = Capture(is_source, verifier.num_layers, verifier.epsilon)
                     [seen] = model.extend([sequence], [selected.token_ids], [capture])
                 row[role] = dict(verify(seen, capture, consistency, verifier).signals)

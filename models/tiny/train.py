@@ -61,7 +61,7 @@ class Recipe:
 
 
 RECIPES = {
-    "draft": Recipe(96, 2, 4, 2, 256, stages=(Stage("problems", 1500, "muon", 3e-3),)),
+    "draft": Recipe(96, 2, 4, 2, 256, stages=(Stage("problems", 1000, "muon", 3e-3),)),
     "target": Recipe(
         160,
         6,
