@@ -1,6 +1,7 @@
 """``specguard models``: list pairs, download one, choose one."""
 
 import click
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
@@ -10,7 +11,6 @@ from specguard.cli.output import console
 from specguard.models.pairs import BUILT_IN_PAIR, find_pair, pair_names
 from specguard.models.settings import choose_pair, chosen_pair
 
-_GIB = 2**30
 # Weights as safetensors, and what config, tokenizer and template need; never pickles or code.
 _WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
@@ -35,7 +35,7 @@ def models(ctx: click.Context) -> None:
                 name + mark if row == 0 else "",
                 weights,
                 "yes" if pair.is_on_disk(weights) else "no",
-                f"{pair.memory_bytes[weights] / _GIB:.1f} GiB",
+                decimal(pair.memory_bytes[weights]),
                 str(pair.context_limit),
                 "built in" if is_built_in else escape(draft),
                 "built in" if is_built_in else escape(target),

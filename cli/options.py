@@ -183,4 +183,6 @@ def _verifier(given: Mapping[str, Any], verifier: VerifierConfig) -> VerifierCon
     for name, field in ("threshold", "threshold"), ("verifier", "model"), ("sources", "sources"):
         if name in given:
             changes[field] = given[name]
+    if changes.get("model", verifier.model) != verifier.model:
+        changes["bounds"] = {}  # they were fitted to the other model's signals
     return replace(verifier, **changes)

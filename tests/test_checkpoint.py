@@ -190,3 +190,18 @@ def test_a_template_may_refuse_a_system_prompt(folder: Path) -> None:
 def test_eos_ids_come_from_settings_and_tokenizer(folder: Path) -> None:
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     assert FolderTokenizer(folder).eos_ids == {2, 7, 9}
+
+
+def test_a_downloaded_hub_id_is_found_by_name_and_revision(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "hub" / "models--owner--name"
+    shutil.copytree(checkpoint, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for source in "owner/name", f"owner/name@{commit}":
+        assert is_on_disk(source)
+        assert load_model(source).name == source
+    assert not is_on_disk("owner/name@other")

@@ -247,6 +247,12 @@ def test_uncalibrated_pairs_are_marked(checkpoint: Path, draft_checkpoint: Path)
     assert data["is_calibrated"] is False
 
 
+def test_bounds_fitted_to_one_verifier_are_not_used_for_the_other() -> None:
+    for verifier, calibrated in ("target", True), ("draft", False):
+        data = json.loads(invoke("solve", SHELLS, "--verifier", verifier, "--json").stdout)
+        assert data["is_calibrated"] == calibrated
+
+
 def test_models_are_listed_with_what_they_need() -> None:
     result = invoke("models")
     assert result.exit_code == 0
