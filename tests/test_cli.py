@@ -261,7 +261,7 @@ def test_models_are_listed_with_what_they_need() -> None:
         "built in",
         "qwen2.5-math",
         "Qwen/Qwen2.5-Math-7B-Instruct",
-        "GiB",
+        "GB",
         "llama3",
     ):
         assert word in result.stdout
