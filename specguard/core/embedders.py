@@ -60,7 +60,7 @@ def _load_sentence_transformer(name: str) -> Embedder:
     except Exception as error:
         raise SpecguardError(
             f"the sentence embedder {name!r} cannot be loaded: {error}",
-            "give a folder, or download the model first (huggingface-cli download)",
+            "give a folder, or download the model first: hf download NAME",
         ) from error
     return partial(_embed_by_sentence_transformer, model)
 
