@@ -16,13 +16,14 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 class Checkpoint:
     """A folder whose config and safetensors weights are there and whole.
 
-    ``num_parameters`` counts the stored numbers.
+    ``num_parameters`` counts the stored numbers, ``num_bytes`` what they take.
     """
 
     name: str
     folder: Path
     config: dict[str, Any]
     num_parameters: int
+    num_bytes: int
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -34,6 +35,27 @@ class Checkpoint:
     def model_type(self) -> str:
         """Architecture family, as the config names it."""
         return str(self.config.get("model_type", "unknown"))
+
+    @property
+    def context_limit(self) -> int:
+        """Most tokens that the model was made for."""
+        limit = self.text_config.get("max_position_embeddings")
+        return int(limit) if limit else 2**31
+
+    @property
+    def capture_refusal(self) -> str | None:
+        """Why the columns of its attention are not all of the sequence's positions, or None."""
+        config = self.text_config
+        if config.get("attn_logit_softcapping"):
+            return f"{self.model_type} soft-caps its attention scores"
+        layer_types = config.get("layer_types")
+        if isinstance(layer_types, list):
+            slides = "sliding_attention" in layer_types
+        else:
+            window = config.get("sliding_window")
+            is_switched_off = config.get("use_sliding_window") is False
+            slides = not is_switched_off and 0 < int(window or 0) < self.context_limit
+        return f"{self.model_type} has sliding-window layers" if slides else None
 
 
 def open_checkpoint(source: str) -> Checkpoint:
@@ -49,8 +71,14 @@ def open_checkpoint(source: str) -> Checkpoint:
     if not folder.is_dir():
         folder = _cached_snapshot(source)
     config = _read_config(folder)
-    num_parameters = sum(map(_count_numbers, _weight_files(folder)))
-    return Checkpoint(source, folder, config, num_parameters)
+    files = _weight_files(folder)
+    return Checkpoint(
+        source,
+        folder,
+        config,
+        num_parameters=sum(map(_count_numbers, files)),
+        num_bytes=sum(path.stat().st_size for path in files),
+    )
 
 
 def is_on_disk(source: str) -> bool:

@@ -67,17 +67,10 @@ def find_backend(name: str) -> Backend:
 
     Raises:
         UsageError: no backend has this name; the nearest one is suggested.
-        SpecguardError: it is registered, and its code is not here.
     """
     if name in BUILT_IN:
         module, _, attribute = BUILT_IN[name].partition(":")
-        try:
-            backend: Backend = getattr(import_module(module), attribute)
-        except ModuleNotFoundError as error:
-            raise SpecguardError(
-                f"backend {name!r} is not part of this version of specguard",
-                "choose --backend auto; specguard backends lists what is usable here",
-            ) from error
+        backend: Backend = getattr(import_module(module), attribute)
         return backend
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         if entry.name == name:
@@ -88,20 +81,16 @@ def find_backend(name: str) -> Backend:
     raise UsageError(f"no backend is called {name!r}", f"{hint}backends: {', '.join(known)}")
 
 
-def backend_status(name: str) -> BackendStatus:
-    """The status of a backend, also where its code is missing."""
-    try:
-        return find_backend(name).status()
-    except UsageError:
-        raise
-    except SpecguardError as error:
-        return BackendStatus(name, False, reason=error.message, hint=error.hint)
+def automatic_backend() -> str | None:
+    """What ``auto`` takes: the first usable one of those that suit this machine, if any."""
+    return next((name for name in _auto_order() if find_backend(name).status().is_usable), None)
 
 
 def choose_backend(name: str) -> tuple[str, Backend, str | None]:
     """A usable backend for ``auto``, a name, or a name with a device number (``cuda:1``).
 
-    ``auto`` takes MLX on Apple silicon, CUDA where there is a GPU, else the CPU.
+    ``auto`` takes MLX on Apple silicon, CUDA where there is a GPU, else the CPU; and MLX's own CPU
+    build where there is no torch.
 
     Returns:
         The backend's name, the backend, and the device that followed the name.
@@ -113,10 +102,7 @@ def choose_backend(name: str) -> tuple[str, Backend, str | None]:
     if name.startswith(f"{AUTO}:"):
         raise UsageError("'auto' takes no device number", "name the backend: cuda:1")
     if name == AUTO:
-        name = next(
-            (candidate for candidate in _auto_order() if backend_status(candidate).is_usable),
-            "cpu",
-        )
+        name = automatic_backend() or "cpu"
     base, _, number = name.partition(":")
     if number and not number.isdigit():
         raise UsageError(f"no backend is called {name!r}", "a device is a number: cuda:1")
@@ -129,4 +115,4 @@ def choose_backend(name: str) -> tuple[str, Backend, str | None]:
 
 def _auto_order() -> tuple[str, ...]:
     is_apple_silicon = platform.system() == "Darwin" and platform.machine() == "arm64"
-    return ("mlx", "cuda") if is_apple_silicon else ("cuda",)
+    return ("mlx", "cpu") if is_apple_silicon else ("cuda", "cpu", "mlx")

@@ -4,7 +4,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from specguard.backends.registry import backend_names, backend_status, choose_backend
+from specguard.backends.registry import automatic_backend, backend_names, find_backend
 from specguard.cli.output import console
 
 _GIB = 2**30
@@ -13,12 +13,12 @@ _GIB = 2**30
 @click.command()
 def backends() -> None:
     """List backends: which are usable here, and what the others lack."""
-    chosen, _, _ = choose_backend("auto")
+    chosen = automatic_backend()
     table = Table(box=None, pad_edge=False)
     for heading in ("backend", "usable", "device", "version", "memory", "why not"):
         table.add_column(heading, overflow="fold")
     for name in backend_names():
-        status = backend_status(name)
+        status = find_backend(name).status()
         memory = f"{status.memory_bytes / _GIB:.0f} GiB" if status.memory_bytes else ""
         reason = ". ".join(part for part in (status.reason, status.hint) if part)
         table.add_row(

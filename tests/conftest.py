@@ -9,6 +9,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+PROBLEM = "Mia has 24 shells. Mia sells half of the shells. How many shells does Mia have?"
 TINY = Path(__file__).parent.parent / "models" / "tiny"
 SHAPE = {
     "hidden_size": 64,
@@ -47,10 +48,20 @@ def make_checkpoint(folder: Path, family: str = "Llama", **changes: Any) -> Path
     return folder
 
 
+def eager(folder: Path) -> Any:
+    """The checkpoint in transformers, whose attention hands its weights over."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with grouped-query attention."""
-    return make_checkpoint(tmp_path_factory.mktemp("llama"))
+    """A Llama with grouped-query attention and heads as wide as real ones."""
+    return make_checkpoint(tmp_path_factory.mktemp("llama"), head_dim=64)
 
 
 @pytest.fixture(scope="session")

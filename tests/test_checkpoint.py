@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from specguard.backends.checkpoint import is_on_disk, open_checkpoint
-from specguard.backends.pytorch import load_model
+from specguard.backends.pytorch.loading import load_model
 from specguard.backends.tokenizer import FolderTokenizer
 from specguard.core import SpecguardError, UsageError
 from tests.conftest import TINY

@@ -33,7 +33,15 @@ def load_reference(request: pytest.FixtureRequest, role: str) -> Model:
 
 
 def load_torch(request: pytest.FixtureRequest, role: str) -> Model:
-    from specguard.backends.pytorch import load_model
+    from specguard.backends.pytorch.loading import load_model
+
+    name = "checkpoint" if role == "target" else "draft_checkpoint"
+    return load_model(str(request.getfixturevalue(name)))
+
+
+def load_mlx(request: pytest.FixtureRequest, role: str) -> Model:
+    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+    from specguard.backends.mlx.loading import load_model
 
     name = "checkpoint" if role == "target" else "draft_checkpoint"
     return load_model(str(request.getfixturevalue(name)))
@@ -42,6 +50,7 @@ def load_torch(request: pytest.FixtureRequest, role: str) -> Model:
 LOADERS: dict[str, Callable[[pytest.FixtureRequest, str], Model]] = {
     "reference": load_reference,
     "torch": load_torch,
+    "mlx": load_mlx,
 }
 
 
@@ -221,6 +230,24 @@ def test_a_candidate_does_not_depend_on_how_many_there_are(model: Model) -> None
     assert [c.token_ids for c in few] == [c.token_ids for c in many[:2]]
 
 
+def test_a_sequence_goes_from_thread_to_thread(model: Model) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    def in_a_new_thread(verb: Callable[[], Any]) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(verb).result()
+
+    sequence = in_a_new_thread(lambda: model.start(PROMPT))
+    for seed in range(3):
+        candidates = in_a_new_thread(lambda seed=seed: propose(model, sequence, 3, 5, seed=seed))
+        in_a_new_thread(lambda found=candidates: model.commit([sequence], [found[2]]))
+    fork = in_a_new_thread(sequence.fork)
+    tokens = tuple(sequence.token_ids[len(PROMPT.token_ids) :])
+    [seen] = in_a_new_thread(lambda: model.extend([fork], [[50, 51]]))
+    expected = observe(model, PROMPT, [*tokens, 50, 51]).token_logprobs[-2:]
+    np.testing.assert_allclose(seen.token_logprobs, expected, atol=TOLERANCE)
+
+
 def test_greedy_takes_the_most_probable_token(model: Model) -> None:
     [candidate] = propose(model, model.start(PROMPT), 1, 5, GREEDY)
     context = list(PROMPT.token_ids)
@@ -295,6 +322,20 @@ def test_attention_blocks_keep_all_mass(model: Model) -> None:
         model.extend([sequence], [[50]], [Capture(np.ones(3, dtype=bool))])
 
 
+def test_rows_of_a_batch_are_captured_as_each_asks(model: Model) -> None:
+    sequences = [model.start(prompt) for prompt in (PROMPT, OTHER_PROMPT, PROMPT)]
+    captures = [
+        Capture(np.ones(len(PROMPT.token_ids), dtype=bool), 1),
+        None,
+        Capture(np.ones(len(PROMPT.token_ids), dtype=bool), 3),
+    ]
+    seen = model.extend(sequences, [[50, 51], [52], [50, 51]], captures)
+    assert [None if each.blocks is None else len(each.blocks) for each in seen] == [1, None, 3]
+    assert seen[0].blocks is not None
+    assert seen[2].blocks is not None
+    np.testing.assert_allclose(seen[0].blocks[0].step, seen[2].blocks[2].step, atol=1e-5)
+
+
 def test_the_hidden_state_is_handed_over_where_asked_for(model: Model) -> None:
     sequence = model.start(PROMPT)
     assert model.extend([sequence], [[45]])[0].last_hidden_state is None
@@ -319,6 +360,7 @@ def test_stale_candidates_and_closed_sequences_are_refused(model: Model) -> None
         model.propose([sequence], 2, SAMPLING, boundary(model, 4), draws(2, 3))
     with pytest.raises(ValueError, match="at least one token"):
         model.extend([sequence], [[]])
+    candidate = propose(model, sequence, 1, 4)[0]
     sequence.close()
     sequence.close()
     assert sequence.is_closed
@@ -327,6 +369,7 @@ def test_stale_candidates_and_closed_sequences_are_refused(model: Model) -> None
         lambda: model.extend([sequence], [[45]]),
         lambda: model.rewind(sequence, 1),
         lambda: sequence.fork(),
+        lambda: model.commit([sequence], [candidate]),
     ):
         with pytest.raises(ValueError, match="closed"):
             attempt()

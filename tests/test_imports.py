@@ -22,3 +22,8 @@ def test_the_package_and_the_command_line_import_no_framework() -> None:
     loaded = modules_after("import specguard, specguard.cli.main, specguard.backends.registry")
     assert not loaded & FRAMEWORKS
     assert not loaded & {"backends", "cli", "models"}
+
+
+def test_registered_backends_import_no_framework_before_they_are_asked() -> None:
+    find = "from specguard.backends.registry import *; [find_backend(n) for n in backend_names()]"
+    assert not modules_after(find) & FRAMEWORKS

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 SIBLINGS = ("backends", "cli", "models")
@@ -50,10 +51,33 @@ def test_the_siblings_are_linked() -> None:
         assert link.readlink() == Path("..") / name
 
 
+@pytest.mark.parametrize(
+    ("environment", "brought", "left_out"),
+    [
+        ({"sys_platform": "darwin", "platform_machine": "arm64"}, {"mlx", "mlx-lm"}, {"torch"}),
+        ({"sys_platform": "linux", "platform_machine": "x86_64"}, {"torch"}, {"mlx", "mlx-lm"}),
+        ({"sys_platform": "win32", "platform_machine": "AMD64"}, {"torch"}, {"mlx", "mlx-lm"}),
+    ],
+)
+def test_a_plain_install_brings_what_suits_the_platform(
+    environment: dict[str, str], brought: set[str], left_out: set[str]
+) -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        lines = tomllib.load(file)["project"]["dependencies"]
+    requirements = map(Requirement, lines)
+    names = {
+        requirement.name
+        for requirement in requirements
+        if requirement.marker is None or requirement.marker.evaluate(environment)
+    }
+    assert brought <= names
+    assert not left_out & names
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_every_module_and_the_built_in_pair(tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)],
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
         check=True,
         capture_output=True,
     )

@@ -6,7 +6,7 @@ import pytest
 
 from specguard.backends import registry
 from specguard.backends.pytorch.backend import TorchBackend
-from specguard.core import UsageError
+from specguard.core import SpecguardError, UsageError
 from specguard.models import pairs
 
 
@@ -39,15 +39,34 @@ def test_a_device_number_goes_to_the_backend(monkeypatch: pytest.MonkeyPatch) ->
     assert registry.choose_backend("auto")[0] == "cuda"
 
 
-def test_auto_prefers_mlx_on_apple_silicon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry.platform, "system", lambda: "Darwin")
+@pytest.mark.parametrize(
+    ("system", "usable", "expected"),
+    [
+        ("Darwin", {"mlx", "cpu"}, "mlx"),
+        ("Darwin", {"cpu"}, "cpu"),
+        ("Linux", {"cuda", "cpu", "mlx"}, "cuda"),
+        ("Linux", {"cpu", "mlx"}, "cpu"),
+        ("Linux", {"mlx"}, "mlx"),
+        ("Linux", set(), None),
+    ],
+)
+def test_auto_takes_what_suits_the_machine(
+    system: str, usable: set[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry.platform, "system", lambda: system)
     monkeypatch.setattr(registry.platform, "machine", lambda: "arm64")
-    asked: list[str] = []
 
-    def status(name: str) -> registry.BackendStatus:
-        asked.append(name)
-        return registry.BackendStatus(name, False)
+    class Known:
+        def __init__(self, name: str) -> None:
+            self.name = name
 
-    monkeypatch.setattr(registry, "backend_status", status)
-    assert registry.choose_backend("auto")[0] == "cpu"
-    assert asked == ["mlx", "cuda"]
+        def status(self) -> registry.BackendStatus:
+            return registry.BackendStatus(self.name, self.name in usable, reason="not here")
+
+    monkeypatch.setattr(registry, "find_backend", Known)
+    assert registry.automatic_backend() == expected
+    if expected is None:
+        with pytest.raises(SpecguardError, match="backend 'cpu' cannot be used: not here"):
+            registry.choose_backend("auto")
+    else:
+        assert registry.choose_backend("auto")[0] == expected

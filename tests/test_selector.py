@@ -8,21 +8,29 @@ from specguard.core.embedders import embed_by_draft, embed_by_ngrams
 from specguard.core.selector import mean_similarities, select_medoid
 
 
-def candidate(text: str = "", logprob: float = -1.0, embedding: object = (1.0,)) -> Candidate:
+def candidate(
+    text: str = "", logprob: float = -1.0, embedding: object = (1.0,), token_id: int = 1
+) -> Candidate:
     return Candidate(
-        (1,), text, np.array([logprob]), np.zeros(1), "eos", np.array(embedding, dtype=float)
+        (token_id,), text, np.array([logprob]), np.zeros(1), "eos", np.array(embedding, dtype=float)
     )
 
 
 def test_ties_go_to_the_log_prob_then_to_the_index() -> None:
-    same = [candidate(logprob=-2.0), candidate(logprob=-1.0), candidate(logprob=-1.0)]
+    logprobs = (-2.0, -1.0, -1.0)
+    same = [candidate(logprob=logprob, token_id=i) for i, logprob in enumerate(logprobs)]
     assert select_medoid(same, embed_by_draft).index == 1
     # Equal up to rounding is a tie as well.
     nearly = [
         candidate(logprob=-2.0, embedding=(1.0, 1e-9)),
-        candidate(logprob=-1.0, embedding=(1.0, 0.0)),
+        candidate(logprob=-1.0, embedding=(1.0, 0.0), token_id=2),
     ]
     assert select_medoid(nearly, embed_by_draft).index == 1
+
+
+def test_the_same_tokens_are_one_candidate_whatever_their_rounding() -> None:
+    same = [candidate(logprob=-1.00001), candidate(logprob=-1.0, embedding=(1.0,))]
+    assert select_medoid(same, embed_by_draft).index == 0
 
 
 def test_one_candidate_is_kept_without_an_embedding() -> None:

@@ -1,7 +1,4 @@
-"""The PyTorch backend: CUDA, MPS and CPU."""
+"""The PyTorch backend: CUDA, MPS and CPU.
 
-from specguard.backends.pytorch.loading import load_model
-from specguard.backends.pytorch.model import TorchModel
-from specguard.backends.pytorch.sequence import TorchSequence
-
-__all__ = ["TorchModel", "TorchSequence", "load_model"]
+Importing this package imports no framework: `specguard.backends.pytorch.loading` does.
+"""

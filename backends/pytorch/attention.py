@@ -26,12 +26,14 @@ class RowCapture:
     """What to read for one batch row: its n step rows against its own columns.
 
     ``columns`` [c + n - 1] are the buffer columns of positions 0 .. c+n-2; ``is_source`` [c].
+    Layers are read from ``first_layer`` on.
     """
 
     columns: Tensor | slice
     num_rows: int
     is_source: Tensor
     epsilon: float
+    first_layer: int
 
 
 @dataclass(slots=True)
@@ -46,7 +48,6 @@ class AttentionPass:
     is_causal: bool = False
     captures: list[RowCapture | None] = field(default_factory=list)
     blocks: list[list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=list)
-    first_layer: int = 0
     num_layers_seen: int = 0
 
 
@@ -101,12 +102,11 @@ def attend(
             scale=scaling,
         ).view(batch, heads, length, value.shape[-1])
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    if layer >= attention_pass.first_layer:
-        scale = dim**-0.5 if scaling is None else scaling
-        for row, capture in enumerate(attention_pass.captures):
-            if capture is not None:
-                block = attention_block(query[row], key[row], scale, capture)
-                attention_pass.blocks[row].append(block)
+    scale = dim**-0.5 if scaling is None else scaling
+    for row, capture in enumerate(attention_pass.captures):
+        if capture is not None and layer >= capture.first_layer:
+            block = attention_block(query[row], key[row], scale, capture)
+            attention_pass.blocks[row].append(block)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -155,13 +155,6 @@ class Forward:
         for capture, row in zip(captures, tokens, strict=True):
             attention.captures.append(self._row_capture(capture, len(row), first_column))
             attention.blocks.append([])
-        wanted_layers = (capture.num_layers for capture in captures if capture is not None)
-        attention.first_layer = self._num_layers - max(wanted_layers, default=0)
-        if attention.first_layer < 0:
-            raise UsageError(
-                f"attention of {self._num_layers - attention.first_layer} layers is asked for and "
-                f"{self._name} has {self._num_layers}"
-            )
         output = self._call(self.model, layout, token_grid, position_grid, owner_grid, attention)
         hidden, self._head_input = self._head_input, None
         assert hidden is not None
@@ -226,6 +219,12 @@ class Forward:
     ) -> RowCapture | None:
         if capture is None:
             return None
+        first_layer = self._num_layers - capture.num_layers
+        if first_layer < 0:
+            raise UsageError(
+                f"attention of {capture.num_layers} layers is asked for and {self._name} has "
+                f"{self._num_layers}"
+            )
         context = len(capture.is_source)
         columns: Tensor | slice = slice(0, context + num_rows - 1)
         if first_column != context - 1:  # padding lies between the context and the step
@@ -235,7 +234,8 @@ class Forward:
                     torch.arange(first_column, first_column + num_rows, device=self.device),
                 ]
             )
-        return RowCapture(columns, num_rows, self.tensor(capture.is_source), capture.epsilon)
+        is_source = self.tensor(capture.is_source)
+        return RowCapture(columns, num_rows, is_source, capture.epsilon, first_layer)
 
     def _grid(self, rows: list[list[int]], filler: int) -> Tensor:
         width = max(map(len, rows))

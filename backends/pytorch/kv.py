@@ -1,6 +1,6 @@
 """Keys and values: a growing buffer per sequence, and the cache that a model writes it through."""
 
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from transformers import Cache
@@ -41,8 +41,20 @@ class KVBuffer:
                     value[row : row + 1].index_select(2, columns),
                 )
 
-    def copy(self, length: int) -> "KVBuffer":
-        """A buffer of its own with the first ``length`` columns."""
+    def share(self) -> Self:
+        """The same buffer for one more sequence."""
+        self.num_users += 1
+        return self
+
+    def release(self) -> None:
+        """One sequence fewer uses it."""
+        self.num_users -= 1
+
+    def own(self, length: int) -> "KVBuffer":
+        """This buffer, or a copy of its first ``length`` columns where it is shared."""
+        if self.num_users == 1:
+            return self
+        self.release()
         copied = KVBuffer(len(self.keys))
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             if key is not None and value is not None and length:

@@ -37,7 +37,7 @@ def load_model(
     checkpoint = open_checkpoint(source)
     _check_usable(checkpoint)
     _check_memory(checkpoint, place, number_type)
-    refusal = capture_refusal(checkpoint)
+    refusal = checkpoint.capture_refusal
     tokenizer = FolderTokenizer(checkpoint.folder, trust_remote_code)
     register()
     try:
@@ -68,37 +68,21 @@ def load_model(
             f"the weights of {source} lack {absent[0]} and {len(absent) - 1} more",
             "download or copy them again",
         )
-    text_config = model.config.get_text_config()
-    limit = getattr(text_config, "max_position_embeddings", None)
     num_tokens = max(tokenizer.vocabulary.values()) + 1
     return TorchModel(
         source,
         Forward(model, source, num_tokens, refusal),
         tokenizer,
-        context_limit=int(limit) if limit else 2**31,
-    )
-
-
-def capture_refusal(checkpoint: Checkpoint) -> str | None:
-    """Why a checkpoint's attention cannot be captured, or None."""
-    config = checkpoint.text_config
-    if config.get("attn_logit_softcapping"):
-        return f"{checkpoint.model_type} soft-caps its attention scores"
-    if _has_sliding_window(config):
-        return f"{checkpoint.model_type} has sliding-window layers"
-    return None
-
-
-def _has_sliding_window(config: dict[str, object]) -> bool:
-    layer_types = config.get("layer_types")
-    if isinstance(layer_types, list):
-        return "sliding_attention" in layer_types
-    return (
-        bool(config.get("sliding_window")) and config.get("use_sliding_window", True) is not False
+        context_limit=checkpoint.context_limit,
     )
 
 
 def _check_usable(checkpoint: Checkpoint) -> None:
+    if "quantization" in checkpoint.config:
+        raise SpecguardError(
+            f"{checkpoint.name} is quantised for MLX",
+            "choose --backend mlx, or the checkpoint that it was made from",
+        )
     config = checkpoint.text_config
     unusable = set(config.get("layer_types") or []) - _USABLE_LAYERS
     if unusable:

@@ -1,7 +1,7 @@
 """The seam's verbs over a transformers causal language model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,13 +10,22 @@ from torch import Tensor
 from specguard.backends.pytorch.forward import Forward, Layout, PassOutput
 from specguard.backends.pytorch.kv import KVBuffer
 from specguard.backends.pytorch.sampling import describe, draw, warp
-from specguard.backends.pytorch.sequence import TorchSequence
-from specguard.core.errors import SpecguardError
+from specguard.backends.sequence import BufferedSequence
+from specguard.backends.verbs import (
+    Draft,
+    check_continuations,
+    check_length,
+    check_prompt,
+    check_room,
+    check_sequences,
+    check_uniforms,
+    count_accepted,
+    finish_candidates,
+)
 from specguard.core.model import (
     Acceptance,
     Boundary,
     Candidate,
-    CandidateFinish,
     Capture,
     FloatArray,
     Observation,
@@ -25,6 +34,8 @@ from specguard.core.model import (
     Tokenizer,
 )
 from specguard.core.text import PieceTable, StepScanner
+
+TorchSequence = BufferedSequence[KVBuffer]
 
 
 @dataclass(slots=True)
@@ -39,19 +50,8 @@ class _Handle:
     distributions: Tensor | None
 
 
-@dataclass(slots=True)
-class _Draft:
-    """A candidate in the making."""
-
-    row: int
-    scanner: StepScanner
-    columns: list[int]
-    token_ids: list[int] = field(default_factory=list)
-    finish: CandidateFinish | None = None
-
-
 class TorchModel:
-    """A `LanguageModel` on torch. Make one with `specguard.backends.pytorch.load_model`."""
+    """A `LanguageModel` on torch. Make one with `specguard.backends.pytorch.loading.load_model`."""
 
     def __init__(
         self, name: str, forward: Forward, tokenizer: Tokenizer, context_limit: int
@@ -85,10 +85,9 @@ class TorchModel:
     @torch.inference_mode()
     def start(self, prompt: Prompt) -> TorchSequence:
         """Forward all tokens of the prompt but the last."""
-        if not prompt.token_ids:
-            raise ValueError("a prompt needs at least one token")
-        sequence = TorchSequence([prompt.token_ids[0]], self._forward.new_buffer())
-        self._check_room(sequence, len(prompt.token_ids) - 1)
+        check_prompt(prompt)
+        sequence = BufferedSequence([prompt.token_ids[0]], self._forward.new_buffer())
+        check_room(sequence, len(prompt.token_ids) - 1, self.context_limit)
         if len(prompt.token_ids) > 1:
             self._forward.prefill(sequence.writable(), prompt.token_ids[:-1])
         sequence.append(prompt.token_ids[1:])
@@ -105,16 +104,14 @@ class TorchModel:
         keep_distributions: bool = False,
     ) -> list[list[Candidate]]:
         """Sample steps, all sequences and candidates side by side; each stops at its boundary."""
-        shape = (len(sequences), num_candidates, boundary.max_tokens)
-        if uniforms.shape != shape:
-            raise ValueError(f"uniforms must have shape {shape}, not {uniforms.shape}")
+        check_uniforms(uniforms, len(sequences), num_candidates, boundary)
         layout = self._open(sequences)
         for sequence in sequences:
-            self._check_room(sequence, boundary.max_tokens)
+            check_room(sequence, boundary.max_tokens, self.context_limit)
             sequence.version += 1  # the columns behind the sequence are about to be written
         draws = self._forward.tensor(uniforms.reshape(-1, boundary.max_tokens))
         drafts = [
-            _Draft(row, StepScanner(self._pieces, boundary), [layout.num_columns])
+            Draft(row, StepScanner(self._pieces, boundary), [layout.num_columns])
             for row in range(len(sequences))
             for _ in range(num_candidates)
         ]
@@ -139,10 +136,7 @@ class TorchModel:
             trail.append((alive, *describe(logits, ids), hidden, kept))
             next_alive = []
             for index, token_id in zip(alive, ids.tolist(), strict=True):
-                draft = drafts[index]
-                draft.token_ids.append(token_id)
-                draft.finish = draft.scanner.feed(token_id)
-                if draft.finish is None:
+                if drafts[index].take(token_id):
                     next_alive.append(index)
             if not next_alive:
                 break
@@ -179,12 +173,9 @@ class TorchModel:
     ) -> list[Observation]:
         """Forward the pending tokens and all but the last of the new ones; observe the new ones."""
         captures = captures if captures is not None else [None] * len(sequences)
-        for sequence, token_ids, capture in zip(sequences, continuations, captures, strict=True):
-            if not token_ids:
-                raise ValueError("a continuation needs at least one token")
-            self._check_room(sequence, len(token_ids))
-            if capture is not None and len(capture.is_source) != len(sequence.token_ids):
-                raise ValueError("a capture must mark every context token as source or sink")
+        check_continuations(sequences, continuations, captures, self.name, self.capture_refusal)
+        for sequence, token_ids in zip(sequences, continuations, strict=True):
+            check_room(sequence, len(token_ids), self.context_limit)
         inputs = [
             [sequence.token_ids[-1], *token_ids[:-1]]
             for sequence, token_ids in zip(sequences, continuations, strict=True)
@@ -222,7 +213,7 @@ class TorchModel:
         for sequence, candidate in zip(sequences, candidates, strict=True):
             if not isinstance(candidate.handle, _Handle) or candidate.handle.distributions is None:
                 raise ValueError("the candidate was proposed without keep_distributions")
-            self._check_room(sequence, len(candidate.token_ids))
+            check_room(sequence, len(candidate.token_ids), self.context_limit)
             inputs.append([sequence.token_ids[-1], *candidate.token_ids])
         layout, output = self._read(sequences, inputs)
         first_column = layout.num_columns - output.logits.shape[1]
@@ -248,13 +239,11 @@ class TorchModel:
     def rewind(self, sequence: TorchSequence, length: int) -> None:
         """Cut the sequence back; the KV behind it is overwritten by what comes next."""
         sequence.readable()
-        if not 1 <= length <= len(sequence.token_ids):
-            raise ValueError(f"cannot rewind {len(sequence.token_ids)} tokens to {length}")
+        check_length(sequence, length)
         sequence.truncate(length)
 
     def _open(self, sequences: Sequence[TorchSequence]) -> Layout:
-        if len({id(sequence) for sequence in sequences}) != len(sequences) or not sequences:
-            raise ValueError("a call needs distinct sequences, at least one")
+        check_sequences(sequences)
         if len(sequences) == 1:
             return self._forward.layout([sequences[0].writable()], [sequences[0].num_cached])
         return self._forward.layout(
@@ -266,7 +255,7 @@ class TorchModel:
         self,
         layout: Layout,
         sequences: Sequence[TorchSequence],
-        drafts: list[_Draft],
+        drafts: list[Draft],
         alive: list[int],
         num_candidates: int,
     ) -> tuple[PassOutput, Tensor]:
@@ -293,51 +282,42 @@ class TorchModel:
         self,
         sequences: Sequence[TorchSequence],
         layout: Layout,
-        drafts: list[_Draft],
+        drafts: list[Draft],
         trail: list[tuple[list[int], Tensor, Tensor, Tensor, Tensor | None]],
     ) -> list[Candidate]:
         # One transfer per quantity for the whole step, not one per token.
-        order = np.concatenate([alive for alive, *_ in trail])
-        logprobs = _numpy(torch.cat([entry[1] for entry in trail]))
-        if not np.isfinite(logprobs).all():
-            raise SpecguardError(
-                f"{self.name} gives probabilities that are not finite",
-                "try --dtype float32; the weights may be damaged",
-            )
-        entropies = _numpy(torch.cat([entry[2] for entry in trail]))
+        owners = np.concatenate([alive for alive, *_ in trail])
         hidden = torch.cat([entry[3] for entry in trail]).float()
         sums = hidden.new_zeros(len(drafts), hidden.shape[1])
-        sums.index_add_(0, self._forward.tensor(order), hidden)
-        embeddings = _numpy(sums)
-        candidates = []
+        sums.index_add_(0, self._forward.tensor(owners), hidden)
+        handles = []
         for index, draft in enumerate(drafts):
-            mine = order == index
             kept = [
                 entry[4][entry[0].index(index)]
                 for entry in trail
                 if entry[4] is not None and index in entry[0]
             ]
             sequence = sequences[draft.row]
-            assert draft.finish is not None
-            candidates.append(
-                Candidate(
-                    token_ids=tuple(draft.token_ids),
-                    text=self._tokenizer.decode(draft.token_ids),
-                    token_logprobs=logprobs[mine],
-                    token_entropies=entropies[mine],
-                    finish=draft.finish,
-                    embedding=embeddings[index] / len(draft.token_ids),
-                    handle=_Handle(
-                        sequence=sequence,
-                        version=sequence.version,
-                        buffer=layout.buffer,
-                        row=draft.row,
-                        columns=draft.columns,
-                        distributions=torch.stack(kept) if kept else None,
-                    ),
+            handles.append(
+                _Handle(
+                    sequence=sequence,
+                    version=sequence.version,
+                    buffer=layout.buffer,
+                    row=draft.row,
+                    columns=draft.columns,
+                    distributions=torch.stack(kept) if kept else None,
                 )
             )
-        return candidates
+        return finish_candidates(
+            self.name,
+            self._tokenizer,
+            drafts,
+            owners,
+            _numpy(torch.cat([entry[1] for entry in trail])),
+            _numpy(torch.cat([entry[2] for entry in trail])),
+            _numpy(sums),
+            handles,
+        )
 
     def _read(
         self,
@@ -346,11 +326,6 @@ class TorchModel:
         captures: Sequence[Capture | None] | None = None,
     ) -> tuple[Layout, PassOutput]:
         """One causal pass over given tokens."""
-        if self.capture_refusal is not None and any(c is not None for c in captures or []):
-            raise SpecguardError(
-                f"the attention of {self.name} cannot be captured: {self.capture_refusal}",
-                "verify by log-probability alone: --beta 1",
-            )
         layout = self._open(sequences)
         positions = []
         for sequence, tokens in zip(sequences, inputs, strict=True):
@@ -368,14 +343,6 @@ class TorchModel:
             return
         own.copy_columns(start, buffer, row, self._forward.tensor(columns))
 
-    def _check_room(self, sequence: TorchSequence, num_new: int) -> None:
-        wanted = len(sequence.token_ids) + num_new
-        if wanted > self.context_limit:
-            raise SpecguardError(
-                f"{wanted} tokens do not fit the context window of {self.context_limit}",
-                "shorten the problem or choose a model with a longer context",
-            )
-
 
 def _accept_tokens(
     judged: Tensor, drafted: Tensor, candidate: Candidate, uniforms: FloatArray
@@ -388,9 +355,7 @@ def _accept_tokens(
     wanted = torch.tensor(candidate.token_ids, device=judged.device).unsqueeze(-1)
     p = judged[:n].gather(1, wanted).squeeze(1).tolist()
     q = drafted.gather(1, wanted).squeeze(1).tolist()
-    num_accepted = 0
-    while num_accepted < n and uniforms[num_accepted] * q[num_accepted] < p[num_accepted]:
-        num_accepted += 1
+    num_accepted = count_accepted(p, q, uniforms)
     kept = list(candidate.token_ids[:num_accepted])
     if num_accepted < n:
         remaining = (judged[num_accepted] - drafted[num_accepted]).clamp(min=0)

@@ -1,11 +1,10 @@
 """Measurements on the built-in pair: ``python -m specguard.models.tiny.measure --help``.
 
 ``accuracy`` compares methods on generated problems, ``signals`` says how well each signal tells
-right draft steps from wrong ones, ``decoding`` times plain decoding beside transformers' own.
+right draft steps from wrong ones.
 """
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -147,37 +146,6 @@ def _judged_steps(engine: Engine, count: int) -> Iterator[dict[str, Any]]:
                 row[role] = dict(verify(seen, capture, consistency, verifier).signals)
             assert selected is not None
             yield {"is_right": selected.text.strip() == right, "text": selected.text, **row}
-
-
-@main.command()
-@count_option
-def decoding(count: int) -> None:
-    """Time plain target decoding beside transformers' generate, problem by problem in turn."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    engine = load(BUILT_IN_PAIR, method="target")
-    assert engine.target is not None
-    model = AutoModelForCausalLM.from_pretrained(engine.target.name, dtype=torch.float32)
-    ours = theirs = 0.0
-    num_tokens = num_equal = 0
-    for problem in islice(problems.stream(problems.HELD_OUT), count):
-        prompt = engine.target.tokenizer.encode_prompt(problem.text, None, False)
-        inputs = torch.tensor([prompt.token_ids])
-        started = time.perf_counter()
-        output = model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=512, do_sample=False
-        )
-        theirs += time.perf_counter() - started
-        solution = engine.solve(problem.text)
-        ours += solution.stats.seconds
-        num_tokens += solution.stats.num_tokens
-        text = engine.target.tokenizer.decode(output[0, inputs.shape[1] :].tolist())
-        num_equal += text == solution.text
-    click.echo(
-        f"{count} problems, {num_tokens} tokens, {num_equal} texts equal: generate {theirs:.1f} s, "
-        f"specguard --method target {ours:.1f} s, ratio {ours / theirs:.3f}"
-    )
 
 
 if __name__ == "__main__":

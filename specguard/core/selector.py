@@ -28,11 +28,14 @@ def select_medoid(candidates: Sequence[Candidate], embed: Embedder) -> Selection
     if len(candidates) == 1:
         return Selection(0, (1.0,))
     similarities = mean_similarities(embed(candidates))
-    # Equal texts have embeddings that differ in the last bits only: that is a tie.
-    keys = [
-        (round(similarity, 6), round(float(candidate.token_logprobs.min()), 6), -i)
-        for i, (similarity, candidate) in enumerate(zip(similarities, candidates, strict=True))
-    ]
+    # The same tokens come out with scores that differ in the last bits, by their place in a batch:
+    # the first of them speaks for all. Other texts may be equal but for rounding, too.
+    first: dict[tuple[int, ...], int] = {}
+    keys = []
+    for index, candidate in enumerate(candidates):
+        twin = first.setdefault(candidate.token_ids, index)
+        logprob = float(candidates[twin].token_logprobs.min())
+        keys.append((round(similarities[twin], 6), round(logprob, 6), -index))
     return Selection(max(range(len(keys)), key=keys.__getitem__), similarities)
 
 

@@ -1,0 +1,265 @@
+"""Measurements of the backends: ``python -m specguard.backends.measure --help``.
+
+``compare`` solves the same problems on two backends, ``decoding`` times plain decoding beside the
+backend's own library, ``capture`` times a verifying pass with and without attention capture.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import numpy as np
+
+from specguard import Engine, load
+from specguard.core import GREEDY, Capture, Solution
+from specguard.core.config import PRESETS
+from specguard.core.records import StepRecord
+from specguard.models.pairs import BUILT_IN_PAIR, find_pair
+from specguard.models.tiny import problems
+
+count_option = click.option("--count", default=100, show_default=True, help="Problems to solve.")
+backend_option = click.option("--backend", default="mlx", show_default=True)
+
+
+@click.group()
+def main() -> None:
+    """Measure the backends on held-out problems of the built-in pair."""
+
+
+@main.command()
+@count_option
+@click.option("--backends", "names", nargs=2, default=("cpu", "mlx"), show_default=True)
+def compare(count: int, names: tuple[str, str]) -> None:
+    """Solve problems on two backends in turn: equality of everything decided, time, memory.
+
+    Solutions are equal where every token of every candidate, every decision and the finish reasons
+    are. Others are listed, with the distance of both scores from the threshold.
+    """
+    engines = [load(BUILT_IN_PAIR, backend=name, dtype="float32") for name in names]
+    paper = replace(find_pair(BUILT_IN_PAIR).verifier, **PRESETS["paper"])
+    modes: dict[str, dict[str, Any]] = {
+        "sampled": {},
+        "greedy": {"sampling": GREEDY},
+        "preset paper": {"verifier": paper},
+        "target, greedy": {"method": "target"},
+    }
+    click.echo("| settings | equal | " + " | ".join(f"{n} s / problem | tokens/s" for n in names))
+    click.echo("|" + "---|" * 6)
+    for mode, settings in modes.items():
+        seconds, num_tokens, num_equal, different = [0.0, 0.0], [0, 0], 0, []
+        for number, problem in enumerate(_held_out(count)):
+            solutions = [engine.solve(problem.text, detail=True, **settings) for engine in engines]
+            for i, solution in enumerate(solutions):
+                seconds[i] += solution.stats.seconds
+                num_tokens[i] += solution.stats.num_tokens
+            if decided(solutions[0]) == decided(solutions[1]):
+                num_equal += 1
+            else:
+                different.append(f"problem {number}: {_first_difference(*solutions)}")
+        figures = " | ".join(
+            f"{spent / count:.3f} | {tokens / spent:.0f}"
+            for spent, tokens in zip(seconds, num_tokens, strict=True)
+        )
+        click.echo(f"| {mode} | {num_equal} of {count} | {figures} |")
+        for line in different:
+            click.echo(line)
+    for name in names:
+        command = [sys.executable, "-m", "specguard.backends.measure", "memory", "--backend", name]
+        peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        click.echo(f"{name}: {peak}")
+
+
+@main.command()
+@backend_option
+def memory(backend: str) -> None:
+    """Memory of this process after loading, and its peak over ten problems."""
+    import resource
+
+    import psutil
+
+    engine = load(BUILT_IN_PAIR, backend=backend)
+    loaded = psutil.Process().memory_info().rss / 2**20
+    for problem in _held_out(10):
+        engine.solve(problem.text)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    click.echo(f"{loaded:.0f} MiB resident once loaded, {peak:.0f} MiB at the peak")
+
+
+@main.command()
+@count_option
+@backend_option
+def decoding(count: int, backend: str) -> None:
+    """Time plain target decoding beside transformers' or mlx-lm's generate, problem by problem.
+
+    The ratio is the median over problems.
+    """
+    engine = load(BUILT_IN_PAIR, backend=backend, dtype="float32", method="target")
+    assert engine.target is not None
+    generate = _mlx_lm_generate if backend == "mlx" else _transformers_generate
+    peer = generate(engine)
+    ours, theirs = [], []
+    num_tokens = num_equal = 0
+    for problem in _held_out(count):
+        prompt = engine.target.tokenizer.encode_prompt(problem.text, None, False)
+        started = time.perf_counter()
+        token_ids = peer(list(prompt.token_ids))
+        theirs.append(time.perf_counter() - started)
+        solution = engine.solve(problem.text)
+        ours.append(solution.stats.seconds)
+        num_tokens += solution.stats.num_tokens
+        num_equal += engine.target.tokenizer.decode(token_ids) == solution.text
+    ratio = median(own / peers for own, peers in zip(ours, theirs, strict=True))
+    click.echo(
+        f"{count} problems, {num_tokens} tokens, {num_equal} texts equal. generate: "
+        f"{sum(theirs):.1f} s, specguard --method target: {sum(ours):.1f} s, ratio {ratio:.3f}"
+    )
+
+
+@main.command()
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--lengths", default="512,2048,4096", show_default=True)
+def capture(rounds: int, lengths: str) -> None:
+    """Time ``extend`` over 32 tokens with and without capture, on MLX.
+
+    The model has random weights and the shape of Qwen2.5-0.5B (24 layers) with a small vocabulary;
+    keys and values of the context are random. The ratio is the median over rounds of one pass with
+    capture beside one without.
+    """
+    import mlx.core as mx
+    from mlx_lm.models import qwen2
+
+    from specguard.backends.mlx.decoding import MlxSequence
+    from specguard.backends.mlx.forward import Forward
+    from specguard.backends.mlx.model import MlxModel
+
+    shape = qwen2.ModelArgs(
+        model_type="qwen2",
+        hidden_size=896,
+        num_hidden_layers=24,
+        intermediate_size=4864,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        vocab_size=1024,
+    )
+    network = qwen2.Model(shape)
+    mx.eval(network.parameters())
+    forward = Forward(network, "random weights", 1024)
+    tokenizer = load(BUILT_IN_PAIR, backend="mlx", method="draft").draft.tokenizer  # type: ignore[union-attr]
+    model = MlxModel("random weights", forward, tokenizer, 2**20)
+    step = [3 + i for i in range(32)]
+    click.echo("| context | sources | seconds without | seconds with | ratio |")
+    click.echo("|---|---|---|---|---|")
+    for context in map(int, lengths.split(",")):
+        sequence = MlxSequence([3] * context, forward.new_buffer())
+        for layer in range(24):
+            keys, values = (mx.random.normal((1, 2, context - 1, 64)) for _ in range(2))
+            sequence.writable().write(layer, 0, keys, values)
+        mx.eval(sequence.readable().arrays())
+
+        def timed(wanted: Capture | None, sequence: MlxSequence = sequence) -> float:
+            started = time.perf_counter()
+            model.extend([sequence], [step], [wanted])
+            spent = time.perf_counter() - started
+            model.rewind(sequence, len(sequence.token_ids) - len(step))
+            return spent
+
+        for sources in "problem", "context":
+            is_source = np.ones(context, dtype=np.bool_)
+            if sources == "problem":
+                is_source[: context // 4] = False
+            wanted = Capture(is_source)
+            timed(wanted)
+            pairs = [(timed(None), timed(wanted)) for _ in range(rounds)]
+            without, with_capture = (median(column) for column in zip(*pairs, strict=True))
+            ratio = median(second / first for first, second in pairs)
+            click.echo(
+                f"| {context} | {sources} | {without:.3f} | {with_capture:.3f} | {ratio:.3f} |"
+            )
+
+
+def _held_out(count: int) -> Iterator[problems.Problem]:
+    return islice(problems.stream(problems.HELD_OUT), count)
+
+
+def decided(solution: Solution) -> tuple[Any, ...]:
+    """All that was decided on the way to a solution, and no score."""
+    return solution.text, solution.finish_reason, [_decided_step(step) for step in solution.steps]
+
+
+def _decided_step(step: StepRecord) -> tuple[Any, ...]:
+    candidates = step.candidates or ()
+    tokens = step.tokens.token_ids if step.tokens else ()
+    return (
+        step.decision,
+        step.text,
+        step.selected,
+        tokens,
+        [(candidate.token_ids, candidate.finish) for candidate in candidates],
+    )
+
+
+def _first_difference(one: Solution, other: Solution) -> str:
+    for ours, theirs in zip(one.steps, other.steps, strict=False):
+        if _decided_step(ours) != _decided_step(theirs):
+            scores = [
+                abs(step.scores["ensemble"] - step.threshold)
+                for step in (ours, theirs)
+                if step.threshold is not None
+            ]
+            return (
+                f"step {ours.index}: {ours.decision} {ours.text!r}, {theirs.decision} "
+                f"{theirs.text!r}; distances from the threshold {scores}"
+            )
+    return f"finish: {one.finish_reason}, {other.finish_reason}"
+
+
+def _transformers_generate(engine: Engine) -> Callable[[list[int]], list[int]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    assert engine.target is not None
+    model = AutoModelForCausalLM.from_pretrained(engine.target.name, dtype=torch.float32)
+
+    def generate(token_ids: list[int]) -> list[int]:
+        inputs = torch.tensor([token_ids])
+        output = model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=512, do_sample=False
+        )
+        found: list[int] = output[0, inputs.shape[1] :].tolist()
+        return found
+
+    return generate
+
+
+def _mlx_lm_generate(engine: Engine) -> Callable[[list[int]], list[int]]:
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+    from mlx_lm.utils import load_model
+
+    assert engine.target is not None
+    model, _ = load_model(Path(engine.target.name))
+    model.set_dtype(mx.float32)
+    eos_ids = engine.target.tokenizer.eos_ids
+
+    def generate(token_ids: list[int]) -> list[int]:
+        found: list[int] = []
+        for token_id, _ in generate_step(mx.array(token_ids), model, max_tokens=512):
+            if token_id in eos_ids:
+                break
+            found.append(token_id)
+        return found
+
+    return generate
+
+
+if __name__ == "__main__":
+    main()

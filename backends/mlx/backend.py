@@ -1,0 +1,64 @@
+"""The registered MLX backend; mlx is imported when its status is asked for, mlx-lm to load."""
+
+import platform
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+from specguard.backends.registry import BackendStatus
+from specguard.core.errors import UsageError
+from specguard.core.model import LanguageModel
+
+
+class MlxBackend:
+    """MLX on its default device: the GPU of a Mac, else the CPU."""
+
+    name = "mlx"
+    weights = "mlx"
+
+    def status(self) -> BackendStatus:
+        """Whether mlx and mlx-lm are installed and mlx can be imported here."""
+        system, machine = platform.system(), platform.machine()
+        if system not in ("Linux", "Darwin") or (system, machine) == ("Darwin", "x86_64"):
+            return BackendStatus(
+                self.name,
+                False,
+                reason=f"MLX runs on Apple silicon and Linux, and this is {system} on {machine}",
+                hint="choose --backend cpu or cuda",
+            )
+        for package in ("mlx", "mlx_lm"):
+            if find_spec(package) is None:
+                return self._not_usable(f"{package} is not installed")
+        try:
+            import mlx.core as mx
+        except ImportError as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return self._not_usable(f"mlx cannot be imported: {reason}")
+        import psutil
+
+        info = mx.device_info()
+        kind = "GPU" if mx.default_device() == mx.gpu else "CPU"
+        return BackendStatus(
+            self.name,
+            True,
+            f"{info.get('device_name', kind)} ({kind})",
+            f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}",
+            int(info.get("memory_size", 0)) or psutil.virtual_memory().total,
+        )
+
+    def load(
+        self, source: str, dtype: str, trust_remote_code: bool, device: str | None
+    ) -> LanguageModel[Any]:
+        """Load a model onto MLX's default device."""
+        if device is not None:
+            raise UsageError("backend 'mlx' has one device: leave the number out")
+        from specguard.backends.mlx.loading import load_model
+
+        return load_model(source, dtype, trust_remote_code)
+
+    def _not_usable(self, reason: str) -> BackendStatus:
+        hint = "pip install 'specguard[mlx]'"
+        return BackendStatus(self.name, False, reason=reason, hint=hint)
+
+
+MLX = MlxBackend()

@@ -1,0 +1,143 @@
+"""What decoding keeps from token to token: sequences, candidates' columns, what was drawn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from specguard.backends.mlx.attention import Row
+from specguard.backends.mlx.kv import KVBuffer
+from specguard.backends.mlx.sampling import describe, draw, warp
+from specguard.backends.sequence import BufferedSequence
+from specguard.backends.verbs import Draft
+from specguard.core.model import FloatArray, Sampling
+
+CHUNK = 128  # rows of logits that exist at a time
+
+
+class Next(NamedTuple):
+    """What a pass says of the token after it: final hidden states [N, H] and logits [N, V]."""
+
+    hidden: mx.array
+    logits: mx.array
+
+    def take(self, slots: list[int]) -> "Next":
+        """Some of its rows, or itself where they are all."""
+        if slots == list(range(len(self.hidden))):
+            return self
+        wanted = mx.array(slots)
+        return Next(self.hidden[wanted], self.logits[wanted])
+
+
+class MlxSequence(BufferedSequence[KVBuffer]):
+    """A sequence; ``ahead`` is what is known of its next token, the pending column then written."""
+
+    ahead: Next | None = None
+
+    def close(self) -> None:
+        """Give the KV back."""
+        super().close()
+        self.ahead = None
+
+    def append(self, token_ids: Sequence[int]) -> None:
+        """Take tokens in; their columns, the last one's apart, are in the buffer already."""
+        super().append(token_ids)
+        self.ahead = None
+
+    def truncate(self, length: int) -> None:
+        """Drop the tokens from ``length`` on; their columns are overwritten in time."""
+        super().truncate(length)
+        self.ahead = None
+
+
+@dataclass(slots=True)
+class Branches:
+    """The candidates of one sequence while they are drawn: their columns behind the sequence."""
+
+    sequence: MlxSequence
+    num_candidates: int
+    owners: list[int] = field(default_factory=list)  # of each column after the pending one
+
+    def row(self, drafts: Sequence[Draft], numbers: Sequence[int]) -> Row:
+        """A slot for the newest token of each of these candidates, which get a column each."""
+        first = len(self.sequence.token_ids)
+        start = first + len(self.owners)
+        for offset, draft in enumerate(drafts):
+            draft.columns.append(start + offset)
+        self.owners.extend(numbers)
+        row = Row(self.sequence.writable(), start, num_slots=len(drafts))
+        if self.num_candidates > 1:
+            is_own = mx.array(self.owners) == mx.array(numbers)[:, None]
+            shared = mx.ones((len(drafts), first), mx.bool_)
+            row.mask = mx.concatenate([shared, is_own], axis=1)
+        return row
+
+
+class Trail:
+    """What was drawn, token by token; described in bulk, as logits of a whole step are large."""
+
+    def __init__(self) -> None:
+        self.owners: list[int] = []
+        self._hidden: list[mx.array] = []
+        self.kept: dict[int, list[mx.array]] = {}
+        self._logits: list[mx.array] = []
+        self._token_ids: list[mx.array] = []
+        self._described: list[tuple[mx.array, mx.array]] = []
+        self._num_waiting = 0
+
+    def add(
+        self, alive: list[int], token_ids: mx.array, following: Next, probs: mx.array | None
+    ) -> None:
+        """One token of each candidate in ``alive`` and what it was drawn from, [A, ...] all."""
+        self.owners += alive
+        self._hidden.append(following.hidden)
+        self._logits.append(following.logits)
+        self._token_ids.append(token_ids)
+        if probs is not None:
+            for slot, index in enumerate(alive):
+                self.kept.setdefault(index, []).append(probs[slot])
+        self._num_waiting += len(alive)
+        if self._num_waiting >= CHUNK:
+            self._describe()
+
+    def hidden_sums(self, num_drafts: int) -> FloatArray:
+        """Sums [num_drafts, H] of the hidden states that predicted each one's tokens."""
+        hidden = mx.concatenate(self._hidden).astype(mx.float32)
+        sums = mx.zeros((num_drafts, hidden.shape[1]))
+        return to_numpy(sums.at[mx.array(self.owners)].add(hidden))
+
+    def described(self) -> tuple[FloatArray, FloatArray]:
+        """Log-probs and entropies of all tokens, in the order of ``owners``."""
+        if self._num_waiting:
+            self._describe()
+        logprobs, entropies = zip(*self._described, strict=True)
+        return to_numpy(mx.concatenate(logprobs)), to_numpy(mx.concatenate(entropies))
+
+    def _describe(self) -> None:
+        described = describe(mx.concatenate(self._logits), mx.concatenate(self._token_ids))
+        mx.async_eval(described)
+        self._described.append(described)
+        self._logits, self._token_ids, self._num_waiting = [], [], 0
+
+
+def draw_tokens(
+    following: Next, slots: list[int], sampling: Sampling, uniforms: FloatArray, needs_probs: bool
+) -> tuple[mx.array, Next, mx.array | None]:
+    """A token for each slot of ``following``, these slots, and their warped distributions."""
+    # Candidates share their first distribution: it is warped before they part.
+    probs = warp(following.logits, sampling) if needs_probs else None
+    taken = following.take(slots)
+    if taken is not following and probs is not None:
+        probs = probs[mx.array(slots)]
+    following = taken
+    if probs is None or sampling.is_greedy:
+        return mx.argmax(following.logits, axis=-1), following, probs
+    return draw(probs, mx.array(uniforms)), following, probs
+
+
+def to_numpy(array: mx.array) -> FloatArray:
+    """The array in single precision, once it is computed."""
+    found: FloatArray = np.array(array.astype(mx.float32))
+    return found

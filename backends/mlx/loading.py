@@ -1,0 +1,130 @@
+"""Loading a checkpoint into MLX: dtype, memory, and which models can be used."""
+
+from typing import Any
+
+import mlx.core as mx
+import psutil
+from mlx_lm.utils import load_model as load_mlx_model
+
+from specguard.backends.checkpoint import Checkpoint, open_checkpoint
+from specguard.backends.mlx.forward import Forward
+from specguard.backends.mlx.model import MlxModel
+from specguard.backends.tokenizer import FolderTokenizer
+from specguard.core.errors import SpecguardError
+
+_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+_GIB = 2**30
+
+
+def load_model(source: str, dtype: str = "auto", trust_remote_code: bool = False) -> MlxModel:
+    """Load a folder or a downloaded hub id (``owner/name[@revision]``), quantised or not.
+
+    ``dtype`` "auto" is what the checkpoint holds on a GPU and float32 on a CPU. Quantised weights
+    stay as they are; the dtype is then that of everything else.
+
+    Raises:
+        SpecguardError: too little memory, or a checkpoint that is missing, broken, or of a kind
+            that mlx-lm or this backend cannot run.
+    """
+    number_type = _dtype(dtype)
+    checkpoint = open_checkpoint(source)
+    refusal = checkpoint.capture_refusal or _rope_refusal(checkpoint)
+    if refusal is not None:
+        raise SpecguardError(
+            f"{source} cannot be run by the MLX backend: {refusal}",
+            "choose a model with plain attention in every layer, or --backend cpu",
+        )
+    _check_memory(checkpoint, number_type)
+    tokenizer = FolderTokenizer(checkpoint.folder, trust_remote_code)
+    _raise_wired_limit()
+    try:
+        model, _ = load_mlx_model(
+            checkpoint.folder,
+            lazy=True,
+            model_config=_rope_settings(checkpoint.text_config),
+            trust_remote_code=trust_remote_code,
+        )
+        if number_type is not None:
+            model.set_dtype(number_type)
+        mx.eval(model.parameters())
+    # A module of mlx-lm that lacks a package of its own exits at import.
+    except (Exception, SystemExit) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise SpecguardError(
+            f"{source} ({checkpoint.model_type}) cannot be loaded: {reason}", _hint(reason)
+        ) from error
+    num_tokens = max(tokenizer.vocabulary.values()) + 1
+    return MlxModel(
+        source,
+        Forward(model, f"{source} ({checkpoint.model_type})", num_tokens),
+        tokenizer,
+        context_limit=checkpoint.context_limit,
+    )
+
+
+def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 5 nests under ``rope_parameters``, where most of mlx-lm's models look."""
+    nested = config.get("rope_parameters")
+    if not isinstance(nested, dict) or any(isinstance(part, dict) for part in nested.values()):
+        return {}
+    found = {
+        key: nested[key]
+        for key in ("rope_theta", "partial_rotary_factor")
+        if key in nested and key not in config
+    }
+    kind = nested.get("rope_type", "default")
+    if kind != "default" and not config.get("rope_scaling"):
+        found["rope_scaling"] = {"type": kind, **nested}
+    return found
+
+
+def _rope_refusal(checkpoint: Checkpoint) -> str | None:
+    """Why mlx-lm would load a model and place its tokens otherwise than transformers, or None."""
+    config = checkpoint.text_config
+    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    if checkpoint.model_type == "glm":
+        return "mlx-lm reads positions of glm models wrongly"
+    if kind in ("longrope", "su", "dynamic"):
+        return f"mlx-lm has {kind} position scaling only in part"
+    if kind == "yarn" and settings.get("attention_factor") is not None:
+        return "mlx-lm ignores the attention_factor of yarn position scaling"
+    return None
+
+
+def _check_memory(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> None:
+    needed = checkpoint.num_bytes
+    if dtype is not None and "quantization" not in checkpoint.config:
+        needed = checkpoint.num_parameters * dtype.size
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise SpecguardError(
+            f"{checkpoint.name} needs {needed / _GIB:.1f} GiB and this machine has "
+            f"{free / _GIB:.1f} GiB free",
+            "choose a smaller or quantised pair (4-bit), or close other programs",
+        )
+
+
+def _raise_wired_limit() -> None:
+    """Let the GPU keep what it recommends in memory, as mlx-lm does while it generates."""
+    size = mx.device_info().get("max_recommended_working_set_size")
+    if mx.metal.is_available() and size is not None:
+        mx.set_wired_limit(size)
+
+
+def _hint(reason: str) -> str:
+    if "not supported" in reason:
+        return "mlx-lm has no such model: pip install --upgrade mlx-lm, or --backend cpu"
+    if "trust_remote_code" in reason:
+        return "a model with code of its own needs --trust-remote-code"
+    if "allocate" in reason:
+        return "choose a smaller or quantised pair (4-bit), or close other programs"
+    return "mlx-lm does not read this config or these weights: check them, or try --backend cpu"
+
+
+def _dtype(name: str) -> mx.Dtype | None:
+    if name == "auto":
+        return None if mx.default_device() == mx.gpu else mx.float32
+    if name not in _DTYPES:
+        raise SpecguardError(f"unknown dtype {name!r}", f"dtypes: auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]

@@ -1,0 +1,393 @@
+"""The seam's verbs over an mlx-lm model.
+
+Decoding runs one pass ahead: while Python reads a token and looks for the step's end, the pass
+over that token is under way. The pass over the last token of a step is kept for the next step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from specguard.backends.mlx.attention import Row
+from specguard.backends.mlx.decoding import (
+    CHUNK,
+    Branches,
+    MlxSequence,
+    Next,
+    Trail,
+    draw_tokens,
+    to_numpy,
+)
+from specguard.backends.mlx.forward import Forward, attention_blocks
+from specguard.backends.mlx.sampling import describe, draw, entries, warp
+from specguard.backends.verbs import (
+    Draft,
+    check_continuations,
+    check_length,
+    check_prompt,
+    check_room,
+    check_sequences,
+    check_uniforms,
+    count_accepted,
+    finish_candidates,
+)
+from specguard.core.model import (
+    Acceptance,
+    Boundary,
+    Candidate,
+    Capture,
+    FloatArray,
+    Observation,
+    Prompt,
+    Sampling,
+    Tokenizer,
+)
+from specguard.core.text import PieceTable, StepScanner
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(slots=True)
+class _Handle:
+    """Where a candidate's KV lies behind its sequence, and what is known of what follows it.
+
+    ``distributions`` [n, V] are the warped ones, if they were kept.
+    """
+
+    sequence: MlxSequence
+    version: int
+    columns: list[int]
+    ahead: Next | None
+    distributions: mx.array | None
+
+
+def _names_memory_errors(
+    verb: "Callable[Concatenate[MlxModel, P], R]",
+) -> "Callable[Concatenate[MlxModel, P], R]":
+    @wraps(verb)
+    def guarded(model: "MlxModel", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with model._forward.memory_errors():
+            return verb(model, *args, **kwargs)
+
+    return guarded
+
+
+class MlxModel:
+    """A `LanguageModel` on MLX. Make one with `specguard.backends.mlx.loading.load_model`."""
+
+    capture_refusal: str | None = None
+
+    def __init__(
+        self, name: str, forward: Forward, tokenizer: Tokenizer, context_limit: int
+    ) -> None:
+        self._name = name
+        self._forward = forward
+        self._tokenizer = tokenizer
+        self._context_limit = context_limit
+        self._pieces = PieceTable(tokenizer)
+
+    @property
+    def name(self) -> str:
+        """Folder or hub id."""
+        return self._name
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's own tokenizer."""
+        return self._tokenizer
+
+    @property
+    def context_limit(self) -> int:
+        """Most tokens that a sequence may hold."""
+        return self._context_limit
+
+    @_names_memory_errors
+    def start(self, prompt: Prompt) -> MlxSequence:
+        """Forward all tokens of the prompt but the last."""
+        check_prompt(prompt)
+        sequence = MlxSequence([prompt.token_ids[0]], self._forward.new_buffer())
+        check_room(sequence, len(prompt.token_ids) - 1, self.context_limit)
+        self._forward.prefill(sequence.writable(), prompt.token_ids[:-1])
+        sequence.append(prompt.token_ids[1:])
+        return sequence
+
+    @_names_memory_errors
+    def propose(
+        self,
+        sequences: Sequence[MlxSequence],
+        num_candidates: int,
+        sampling: Sampling,
+        boundary: Boundary,
+        uniforms: FloatArray,
+        keep_distributions: bool = False,
+    ) -> list[list[Candidate]]:
+        """Sample steps, all sequences and candidates side by side; each stops at its boundary."""
+        check_sequences(sequences)
+        check_uniforms(uniforms, len(sequences), num_candidates, boundary)
+        for sequence in sequences:
+            check_room(sequence, boundary.max_tokens, self.context_limit)
+            sequence.readable()
+        for sequence in sequences:
+            sequence.version += 1  # the columns behind the sequence are about to be written
+        branches = [Branches(sequence, num_candidates) for sequence in sequences]
+        drafts = [
+            Draft(row, StepScanner(self._pieces, boundary), [])
+            for row in range(len(sequences))
+            for _ in range(num_candidates)
+        ]
+        draws = uniforms.reshape(-1, boundary.max_tokens)
+        following = self._after_pending(sequences)
+        slots = [draft.row for draft in drafts]
+        alive = list(range(len(drafts)))
+        ahead: dict[int, Next] = {}
+        trail = Trail()
+        needs_probs = keep_distributions or not sampling.is_greedy
+        for position in range(boundary.max_tokens):
+            token_ids, following, probs = draw_tokens(
+                following, slots, sampling, draws[alive, position], needs_probs
+            )
+            mx.async_eval(token_ids)
+            trail.add(alive, token_ids, following, probs if keep_distributions else None)
+            is_last = position + 1 == boundary.max_tokens
+            if not is_last:
+                following = self._decode(branches, drafts, alive, token_ids)
+                mx.async_eval(following)
+            slots, next_alive = [], []
+            # Only here Python waits, for the token alone: the pass over it is under way.
+            for slot, (index, token_id) in enumerate(zip(alive, token_ids.tolist(), strict=True)):
+                if drafts[index].take(token_id):
+                    slots.append(slot)
+                    next_alive.append(index)
+                elif not is_last:
+                    ahead[index] = following.take([slot])
+                    # A lazy array belongs to its thread; the next step may run in another.
+                    mx.async_eval(ahead[index])
+            if not next_alive:
+                break
+            alive = next_alive
+        candidates = self._candidates(sequences, drafts, trail, ahead)
+        return [
+            candidates[row * num_candidates : (row + 1) * num_candidates]
+            for row in range(len(sequences))
+        ]
+
+    @_names_memory_errors
+    def commit(self, sequences: Sequence[MlxSequence], candidates: Sequence[Candidate]) -> None:
+        """Move a candidate's columns to the end of its sequence."""
+        for sequence, candidate in zip(sequences, candidates, strict=True):
+            buffer, handle = sequence.writable(), candidate.handle
+            if (
+                not isinstance(handle, _Handle)
+                or handle.sequence is not sequence
+                or handle.version != sequence.version
+            ):
+                raise ValueError("the candidate is stale or of another sequence")
+            first = len(sequence.token_ids)
+            if handle.columns != list(range(first, first + len(handle.columns))):
+                buffer.move_columns(first, handle.columns)
+                mx.async_eval(buffer.arrays())
+            sequence.append(candidate.token_ids)
+            sequence.ahead = handle.ahead
+
+    @_names_memory_errors
+    def extend(
+        self,
+        sequences: Sequence[MlxSequence],
+        continuations: Sequence[Sequence[int]],
+        captures: Sequence[Capture | None] | None = None,
+        hidden_state: bool = False,
+    ) -> list[Observation]:
+        """Forward the pending tokens and all but the last of the new ones; observe the new ones."""
+        captures = captures if captures is not None else [None] * len(sequences)
+        check_sequences(sequences)
+        check_continuations(sequences, continuations, captures, self.name, self.capture_refusal)
+        for sequence, token_ids in zip(sequences, continuations, strict=True):
+            check_room(sequence, len(token_ids), self.context_limit)
+        inputs = [
+            [sequence.token_ids[-1], *token_ids[:-1]]
+            for sequence, token_ids in zip(sequences, continuations, strict=True)
+        ]
+        rows, hidden = self._read(sequences, inputs, captures)
+        wanted = mx.array([token_id for token_ids in continuations for token_id in token_ids])
+        parts = []
+        for start in range(0, len(wanted), CHUNK):
+            logits = self._forward.logits(hidden[start : start + CHUNK])
+            parts.append(describe(logits, wanted[start : start + CHUNK]))
+            mx.eval(parts[-1], [row.blocks for row in rows])
+        all_logprobs, all_entropies = (np.concatenate(part) for part in zip(*parts, strict=True))
+        observations = []
+        stop = 0
+        for sequence, token_ids, row in zip(sequences, continuations, rows, strict=True):
+            start, stop = stop, stop + len(token_ids)
+            sequence.append(token_ids)
+            observations.append(
+                Observation(
+                    token_logprobs=all_logprobs[start:stop],
+                    token_entropies=all_entropies[start:stop],
+                    blocks=attention_blocks(row),
+                    last_hidden_state=to_numpy(hidden[stop - 1]) if hidden_state else None,
+                )
+            )
+        return observations
+
+    @_names_memory_errors
+    def accept(
+        self,
+        sequences: Sequence[MlxSequence],
+        candidates: Sequence[Candidate],
+        sampling: Sampling,
+        uniforms: FloatArray,
+    ) -> list[Acceptance]:
+        """Judge drafted tokens in one pass; keep the longest accepted run and what follows it."""
+        check_sequences(sequences)
+        inputs = []
+        for sequence, candidate in zip(sequences, candidates, strict=True):
+            if not isinstance(candidate.handle, _Handle) or candidate.handle.distributions is None:
+                raise ValueError("the candidate was proposed without keep_distributions")
+            check_room(sequence, len(candidate.token_ids), self.context_limit)
+            inputs.append([sequence.token_ids[-1], *candidate.token_ids])
+        _, hidden = self._read(sequences, inputs)
+        acceptances = []
+        stop = 0
+        for index, (sequence, candidate) in enumerate(zip(sequences, candidates, strict=True)):
+            assert isinstance(candidate.handle, _Handle)
+            drafted = candidate.handle.distributions
+            assert drafted is not None
+            start, stop = stop, stop + len(inputs[index])
+            logits = self._forward.logits(hidden[start:stop])
+            num_accepted, token_ids = _accept_tokens(
+                warp(logits, sampling), drafted, candidate, uniforms[index]
+            )
+            has_room = len(sequence.token_ids) + len(token_ids) <= self.context_limit
+            token_ids = token_ids if has_room else token_ids[:-1]
+            logprobs, _ = describe(logits[: len(token_ids)], mx.array(token_ids))
+            sequence.append(token_ids)
+            acceptances.append(Acceptance(num_accepted, tuple(token_ids), to_numpy(logprobs)))
+        return acceptances
+
+    def rewind(self, sequence: MlxSequence, length: int) -> None:
+        """Cut the sequence back; the KV behind it is overwritten by what comes next."""
+        sequence.readable()
+        check_length(sequence, length)
+        sequence.truncate(length)
+
+    def _after_pending(self, sequences: Sequence[MlxSequence]) -> Next:
+        """What follows each sequence; pending tokens are forwarded where that is not done yet."""
+        waiting = [sequence for sequence in sequences if sequence.ahead is None]
+        if waiting:
+            _, hidden = self._read(waiting, [[sequence.token_ids[-1]] for sequence in waiting])
+            following = Next(hidden, self._forward.logits(hidden))
+            for slot, sequence in enumerate(waiting):
+                sequence.ahead = following.take([slot]) if len(waiting) > 1 else following
+                mx.async_eval(sequence.ahead)
+        known = [sequence.ahead for sequence in sequences if sequence.ahead is not None]
+        if len(known) == 1:
+            return known[0]
+        return Next(*(mx.concatenate(part) for part in zip(*known, strict=True)))
+
+    def _decode(
+        self,
+        branches: list[Branches],
+        drafts: list[Draft],
+        alive: list[int],
+        token_ids: mx.array,
+    ) -> Next:
+        """Forward the newest token of every unfinished candidate."""
+        rows, positions = [], []
+        for row, branch in enumerate(branches):
+            mine = [index for index in alive if drafts[index].row == row]
+            if mine:
+                own = [drafts[index] for index in mine]
+                position = len(branch.sequence.token_ids) + len(own[0].token_ids)
+                positions += [position] * len(mine)
+                rows.append(branch.row(own, [index % branch.num_candidates for index in mine]))
+        hidden = self._forward.run(rows, token_ids[:, None], _offset(positions))[:, 0]
+        return Next(hidden, self._forward.logits(hidden))
+
+    def _read(
+        self,
+        sequences: Sequence[MlxSequence],
+        inputs: list[list[int]],
+        captures: Sequence[Capture | None] | None = None,
+    ) -> tuple[list[Row], mx.array]:
+        """One causal pass over given tokens: its rows, hidden states [all tokens, H] in order."""
+        rows = []
+        for sequence, tokens in zip(sequences, inputs, strict=True):
+            rows.append(Row(sequence.writable(), sequence.num_cached, length=len(tokens)))
+            sequence.version += 1
+        for row, capture in zip(rows, captures or [None] * len(rows), strict=True):
+            if capture is not None:
+                row.capture = self._forward.row_capture(capture, row.length)
+        width = max(map(len, inputs))
+        tokens = mx.array([row + [0] * (width - len(row)) for row in inputs])
+        positions = [sequence.num_cached for sequence in sequences]
+        hidden = self._forward.run(rows, tokens, _offset(positions))
+        if len(rows) == 1:
+            return rows, hidden[0]
+        return rows, mx.concatenate([hidden[i, : len(row)] for i, row in enumerate(inputs)])
+
+    def _candidates(
+        self,
+        sequences: Sequence[MlxSequence],
+        drafts: list[Draft],
+        trail: Trail,
+        ahead: dict[int, Next],
+    ) -> list[Candidate]:
+        # One transfer per quantity for the whole step, not one per token.
+        sums = trail.hidden_sums(len(drafts))
+        logprobs, entropies = trail.described()
+        handles = []
+        for index, draft in enumerate(drafts):
+            sequence = sequences[draft.row]
+            kept = trail.kept.get(index)
+            handles.append(
+                _Handle(
+                    sequence=sequence,
+                    version=sequence.version,
+                    columns=draft.columns,
+                    ahead=ahead.get(index),
+                    distributions=None if kept is None else mx.stack(kept),
+                )
+            )
+        return finish_candidates(
+            self.name,
+            self._tokenizer,
+            drafts,
+            np.array(trail.owners),
+            logprobs,
+            entropies,
+            sums,
+            handles,
+        )
+
+
+def _accept_tokens(
+    judged: mx.array, drafted: mx.array, candidate: Candidate, uniforms: FloatArray
+) -> tuple[int, list[int]]:
+    """Accept token t with probability min(1, p/q), else draw from max(0, p - q), normalised.
+
+    ``judged`` [n + 1, V] are the warped p, ``drafted`` [n, V] the warped q.
+    """
+    n = len(candidate.token_ids)
+    wanted = mx.array(candidate.token_ids)
+    num_accepted = count_accepted(
+        entries(judged[:n], wanted).tolist(), entries(drafted, wanted).tolist(), uniforms
+    )
+    kept = list(candidate.token_ids[:num_accepted])
+    if num_accepted < n:
+        remaining = mx.maximum(judged[num_accepted] - drafted[num_accepted], 0)
+    elif candidate.finish == "length":
+        remaining = judged[n]
+    else:
+        return num_accepted, kept
+    last = draw(remaining[None], mx.array([float(uniforms[n])]))
+    return num_accepted, [*kept, int(last.item())]
+
+
+def _offset(positions: list[int]) -> int | mx.array:
+    return positions[0] if len(set(positions)) == 1 else mx.array(positions)

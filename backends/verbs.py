@@ -1,0 +1,163 @@
+"""What the verbs of every built-in backend share: checks of arguments, candidates in the making.
+
+Knows the seam and NumPy, and no framework.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specguard.core.errors import SpecguardError
+from specguard.core.model import (
+    Boundary,
+    Candidate,
+    CandidateFinish,
+    Capture,
+    FloatArray,
+    Prompt,
+    Tokenizer,
+    TokenSequence,
+)
+from specguard.core.text import StepScanner
+
+
+@dataclass(slots=True)
+class Draft:
+    """A candidate in the making: whose it is, its tokens, and the columns of its KV."""
+
+    row: int
+    scanner: StepScanner
+    columns: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    finish: CandidateFinish | None = None
+
+    def take(self, token_id: int) -> bool:
+        """Append a token; whether the step goes on."""
+        self.token_ids.append(token_id)
+        self.finish = self.scanner.feed(token_id)
+        return self.finish is None
+
+
+def check_prompt(prompt: Prompt) -> None:
+    """Refuse an empty prompt."""
+    if not prompt.token_ids:
+        raise ValueError("a prompt needs at least one token")
+
+
+def check_sequences(sequences: Sequence[TokenSequence]) -> None:
+    """Refuse no sequences and one given twice."""
+    if len({id(sequence) for sequence in sequences}) != len(sequences) or not sequences:
+        raise ValueError("a call needs distinct sequences, at least one")
+
+
+def check_uniforms(
+    uniforms: FloatArray, num_sequences: int, num_candidates: int, boundary: Boundary
+) -> None:
+    """Refuse uniforms that do not go with the other arguments of ``propose``, and no candidates."""
+    if num_candidates < 1:
+        raise ValueError("a step needs at least one candidate")
+    shape = (num_sequences, num_candidates, boundary.max_tokens)
+    if uniforms.shape != shape:
+        raise ValueError(f"uniforms must have shape {shape}, not {uniforms.shape}")
+
+
+def check_continuations(
+    sequences: Sequence[TokenSequence],
+    continuations: Sequence[Sequence[int]],
+    captures: Sequence[Capture | None],
+    name: str,
+    capture_refusal: str | None,
+) -> None:
+    """Refuse empty continuations, captures of another context, and captures that cannot be had."""
+    for sequence, token_ids, capture in zip(sequences, continuations, captures, strict=True):
+        if not token_ids:
+            raise ValueError("a continuation needs at least one token")
+        if capture is None:
+            continue
+        if len(capture.is_source) != len(sequence.token_ids):
+            raise ValueError("a capture must mark every context token as source or sink")
+        if capture_refusal is not None:
+            raise SpecguardError(
+                f"the attention of {name} cannot be captured: {capture_refusal}",
+                "verify by log-probability alone: --beta 1",
+            )
+
+
+def check_room(sequence: TokenSequence, num_new: int, limit: int) -> None:
+    """Refuse more tokens than the context window holds."""
+    wanted = len(sequence.token_ids) + num_new
+    if wanted > limit:
+        raise SpecguardError(
+            f"{wanted} tokens do not fit the context window of {limit}",
+            "shorten the problem or choose a model with a longer context",
+        )
+
+
+def check_length(sequence: TokenSequence, length: int) -> None:
+    """Refuse to rewind to nothing, or to what is not there yet."""
+    if not 1 <= length <= len(sequence.token_ids):
+        raise ValueError(f"cannot rewind {len(sequence.token_ids)} tokens to {length}")
+
+
+def count_accepted(p: Sequence[float], q: Sequence[float], uniforms: FloatArray) -> int:
+    """How many drafted tokens in a row are accepted, each with probability min(1, p/q).
+
+    Args:
+        p: what the judging model gives the drafted tokens.
+        q: what the drafting model gave them.
+        uniforms: one in [0, 1) for each token, more are ignored.
+    """
+    for position, (judged, drafted) in enumerate(zip(p, q, strict=True)):
+        if uniforms[position] * drafted >= judged:
+            return position
+    return len(p)
+
+
+def finish_candidates(
+    name: str,
+    tokenizer: Tokenizer,
+    drafts: Sequence[Draft],
+    owners: NDArray[np.integer],
+    logprobs: FloatArray,
+    entropies: FloatArray,
+    hidden_sums: FloatArray,
+    handles: Sequence[object],
+) -> list[Candidate]:
+    """Candidates from what was gathered token by token.
+
+    Args:
+        name: of the model, for the error.
+        tokenizer: decodes their text.
+        drafts: the candidates, finished.
+        owners: [N], the index of the draft that each drawn token belongs to, in order of drawing.
+        logprobs: [N] of these tokens.
+        entropies: [N] of the distributions that they were drawn from.
+        hidden_sums: [drafts, hidden], sums of the hidden states that predicted each one's tokens.
+        handles: one for each candidate.
+
+    Raises:
+        SpecguardError: a log-probability is not finite.
+    """
+    if not np.isfinite(logprobs).all():
+        raise SpecguardError(
+            f"{name} gives probabilities that are not finite",
+            "try --dtype float32; the weights may be damaged",
+        )
+    candidates = []
+    for index, (draft, handle) in enumerate(zip(drafts, handles, strict=True)):
+        assert draft.finish is not None
+        mine = owners == index
+        candidates.append(
+            Candidate(
+                token_ids=tuple(draft.token_ids),
+                text=tokenizer.decode(draft.token_ids),
+                token_logprobs=logprobs[mine],
+                token_entropies=entropies[mine],
+                finish=draft.finish,
+                embedding=hidden_sums[index] / len(draft.token_ids),
+                handle=handle,
+            )
+        )
+    return candidates
