@@ -336,7 +336,7 @@ def test_a_closed_pipe_is_silent() -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
 def test_an_interrupt_exits_with_130_and_keeps_what_was_written() -> None:
-    arguments = ["solve", SHELLS, "--jsonl", "--k", "256", "--delimiter", "never"]
+    arguments = ["solve", SHELLS, "--jsonl", "--k", "1024", "--delimiter", "never"]
     arguments += ["--max-step-tokens", "8"]
     process = subprocess.Popen(
         [sys.executable, "-m", "specguard.cli", *arguments],
