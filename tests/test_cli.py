@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -342,6 +343,8 @@ def test_an_interrupt_exits_with_130_and_keeps_what_was_written() -> None:
         [sys.executable, "-m", "specguard.cli", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A shell starts its background jobs, and all they start, deaf to interrupts.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     first = process.stdout.readline()
