@@ -85,6 +85,21 @@ def check_continuations(
             )
 
 
+def check_alternatives(
+    sequences: Sequence[TokenSequence],
+    continuations: Sequence[Sequence[Sequence[int]]],
+    captures: Sequence[Capture | None],
+    name: str,
+    capture_refusal: str | None,
+) -> None:
+    """Refuse what `check_continuations` refuses, and a sequence without a continuation."""
+    for sequence, found, capture in zip(sequences, continuations, captures, strict=True):
+        if not found:
+            raise ValueError("a sequence needs at least one continuation")
+        for token_ids in found:
+            check_continuations([sequence], [token_ids], [capture], name, capture_refusal)
+
+
 def check_room(sequence: TokenSequence, num_new: int, limit: int) -> None:
     """Refuse more tokens than the context window holds."""
     wanted = len(sequence.token_ids) + num_new

@@ -112,8 +112,9 @@ def method_options(command: F) -> F:
             ),
             click.option(
                 "--selector",
-                metavar="EMBEDDER",
-                help="draft, ngram or sentence-transformers:NAME.",
+                metavar="SELECTOR",
+                help="Of the candidates the most consistent one, by draft, ngram or "
+                "sentence-transformers:NAME; or target: the one that it scores highest.",
             ),
             click.option(
                 "--rewrite-temperature", type=float, help="Of the target's rewrites [0: greedy]."

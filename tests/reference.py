@@ -5,7 +5,7 @@ runs over it first, and exact distributions can be enumerated.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -166,6 +166,27 @@ class ReferenceModel:
             state = self.logits([*sequence.token_ids, *ids[:-1]]) if hidden_state else None
             observations.append(Observation(*described, blocks, state))
             self._append(sequence, ids)
+        return observations
+
+    def score(
+        self,
+        sequences: Sequence[CheckedSequence],
+        continuations: Sequence[Sequence[Sequence[int]]],
+        captures: Sequence[Capture | None] | None = None,
+    ) -> list[list[Observation]]:
+        captures = captures or [None] * len(sequences)
+        observations = []
+        for sequence, found, capture in zip(sequences, continuations, captures, strict=True):
+            sequence.version += 1
+            handle = Handle(sequence, sequence.version, None)
+            if not found:
+                raise ValueError("a sequence needs at least one continuation")
+            observations.append(
+                [
+                    replace(self.extend([sequence.fork()], [ids], [capture])[0], handle=handle)
+                    for ids in found
+                ]
+            )
         return observations
 
     def _blocks(

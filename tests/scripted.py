@@ -137,17 +137,37 @@ class Scripted:
         capture = captures[0] if captures else None
         self._log("extend", text, capture)
         [sequence], [ids] = sequences, continuations
+        observation = self._observe(sequence, ids, capture)
+        sequence.token_ids.extend(ids)
+        return [observation]
+
+    def _observe(
+        self, sequence: FakeSequence, ids: Sequence[int], capture: Capture | None
+    ) -> Observation:
+        text = self.tokenizer.decode(ids)
         if capture is not None:
             assert len(capture.is_source) == len(sequence.token_ids)
-        sequence.token_ids.extend(ids)
         n, mass = len(ids), self.source_mass.get(text, 1.0)
         block = AttentionBlock(np.full(n, mass), np.zeros(n), (1 - mass) * np.eye(n))
+        return Observation(
+            token_logprobs=np.full(n, self.logprobs.get(text, self.default_logprob)),
+            token_entropies=np.full(n, 0.5),
+            blocks=(block,) * capture.num_layers if capture is not None else None,
+        )
+
+    def score(
+        self,
+        sequences: Sequence[FakeSequence],
+        continuations: Sequence[Sequence[Sequence[int]]],
+        captures: Sequence[Capture | None] | None = None,
+    ) -> list[list[Observation]]:
+        self._log("score", [self.tokenizer.decode(ids) for ids in continuations[0]])
         return [
-            Observation(
-                token_logprobs=np.full(n, self.logprobs.get(text, self.default_logprob)),
-                token_entropies=np.full(n, 0.5),
-                blocks=(block,) * capture.num_layers if capture is not None else None,
-            )
+            [
+                self._observe(sequence, ids, captures[row] if captures else None)
+                for ids in continuations[row]
+            ]
+            for row, sequence in enumerate(sequences)
         ]
 
     def accept(

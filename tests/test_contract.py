@@ -1,6 +1,7 @@
 """What any backend must do: the seam's contract, run over the reference and every backend here."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -300,6 +301,65 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(model: Model) -> None:
     left_out = {c.token_ids: float(np.exp(c.token_logprobs[0])) for c in everything}
     for token_ids, mass in left_out.items():
         assert token_ids in kept or mass <= min(kept.values()) + TOLERANCE
+
+
+CONTINUATIONS = [[45, 46, 47], [45], [50, 51, 52, 53], [45, 46, 47]]
+
+
+def same(seen: Any, expected: Any) -> None:
+    np.testing.assert_allclose(seen.token_logprobs, expected.token_logprobs, atol=TOLERANCE)
+    np.testing.assert_allclose(seen.token_entropies, expected.token_entropies, atol=TOLERANCE)
+    assert (seen.blocks is None) == (expected.blocks is None)
+    for block, wanted in zip(seen.blocks or (), expected.blocks or (), strict=True):
+        np.testing.assert_allclose(block.source_mass, wanted.source_mass, atol=1e-5)
+        np.testing.assert_allclose(block.sink_mass, wanted.sink_mass, atol=1e-5)
+        np.testing.assert_allclose(block.step, wanted.step, atol=1e-5)
+
+
+def test_scoring_is_extending_forks(model: Model) -> None:
+    sequence, other = model.start(PROMPT), model.start(OTHER_PROMPT)
+    model.extend([sequence], [[60, 61]])
+    is_source = np.arange(len(sequence.token_ids)) % 3 == 1
+    for capture in None, Capture(is_source, 2, 0.0):
+        before = list(sequence.token_ids)
+        scored = model.score([sequence, other], [CONTINUATIONS, [[70, 71]]], [capture, None])
+        assert list(sequence.token_ids) == before
+        expected = [model.extend([sequence.fork()], [ids], [capture])[0] for ids in CONTINUATIONS]
+        for seen, wanted in zip(scored[0], expected, strict=True):
+            same(seen, wanted)
+        same(scored[1][0], observe(model, OTHER_PROMPT, [70, 71]))
+    with pytest.raises(ValueError, match="at least one"):
+        model.score([sequence], [[]])
+
+
+def test_a_scored_continuation_can_be_committed(model: Model, draft: Model) -> None:
+    for index in range(4):
+        sequence = model.start(PROMPT)
+        candidates = propose(draft, draft.start(PROMPT), 4, 6)
+        [scored] = model.score([sequence], [[candidate.token_ids for candidate in candidates]])
+        chosen = replace(candidates[index], handle=scored[index].handle)
+        model.commit([sequence], [chosen])
+        assert tuple(sequence.token_ids) == PROMPT.token_ids + chosen.token_ids
+        [after] = model.extend([sequence], [[50, 51, 52]])
+        seen = observe(model, PROMPT, [*chosen.token_ids, 50, 51, 52])
+        np.testing.assert_allclose(after.token_logprobs, seen.token_logprobs[-3:], atol=TOLERANCE)
+        with pytest.raises(ValueError, match="stale"):
+            model.commit([sequence], [chosen])
+
+
+def test_what_was_scored_is_stale_after_another_verb(model: Model) -> None:
+    sequence = model.start(PROMPT)
+    [candidate] = propose(model, sequence, 1, 5)
+    [[first]] = model.score([sequence], [[[45, 46]]])
+    with pytest.raises(ValueError, match="stale"):
+        model.commit([sequence], [candidate])
+    propose(model, sequence, 2, 5)
+    with pytest.raises(ValueError, match="stale"):
+        model.commit([sequence], [replace(candidate, token_ids=(45, 46), handle=first.handle)])
+    # The sequence itself is as it was.
+    [seen] = model.extend([sequence], [[50, 51]])
+    expected = observe(model, PROMPT, [50, 51])
+    np.testing.assert_allclose(seen.token_logprobs, expected.token_logprobs, atol=TOLERANCE)
 
 
 def test_attention_blocks_keep_all_mass(model: Model) -> None:

@@ -320,3 +320,56 @@ def test_uniforms_are_float32_in_range() -> None:
         drawn[1:2, :8],
     ):
         assert not np.isin(other, drawn[0]).any()
+
+
+def test_the_target_selects_the_candidate_that_it_scores_highest() -> None:
+    other = "other.\n\n"
+    draft = Scripted("d", [[WRONG, other, RIGHT, WRONG], [ANSWER] * 4])
+    target = Scripted("t", [], logprobs={WRONG: -1.9, other: -1.0, RIGHT: -0.2})
+    solution = run(draft, target, num_candidates=4, selector="target", detail=True)
+    assert solution.text == RIGHT + ANSWER
+    first, last = solution.steps
+    assert (first.decision, first.selected) == ("accepted", 2)
+    assert first.signals["log_prob"] == -0.2
+    assert first.candidates is not None
+    scores = [candidate.score for candidate in first.candidates]
+    assert scores == pytest.approx([0.05, 0.5, 0.9, 0.05])
+    # Equal tokens are read once; a single text is verified as any selected step.
+    assert target.calls[1] == ("score", [WRONG, other, RIGHT])
+    assert verbs(target) == ["start", "score", "commit", "extend"]
+    assert last.candidates is not None
+    assert {candidate.score for candidate in last.candidates} == {None}
+    assert draft.sequences[0].token_ids == target.sequences[0].token_ids
+    assert solution.stats.num_verified_tokens == len(WRONG + other + RIGHT + ANSWER)
+    assert Solution.from_json(solution.to_json()) == solution
+
+
+def test_a_step_of_which_no_candidate_passes_is_rewritten() -> None:
+    draft = Scripted("d", [[WRONG, GOOD], [ANSWER] * 2])
+    target = Scripted("t", [RIGHT], logprobs={WRONG: -1.9, GOOD: -1.5})
+    solution = run(draft, target, num_candidates=2, selector="target")
+    assert solution.text == RIGHT + ANSWER
+    assert solution.steps[0].draft_text == GOOD
+    assert verbs(target) == ["start", "score", "propose", "commit", "extend"]
+    assert draft.sequences[0].token_ids == target.sequences[0].token_ids
+
+
+def test_the_target_selects_by_attention_too() -> None:
+    verifier = VerifierConfig(weights={"grounding": 1.0}, threshold=0.5)
+    draft = Scripted("d", [[WRONG, RIGHT], [ANSWER] * 2])
+    target = Scripted("t", [], source_mass={WRONG: 0.1, RIGHT: 0.9})
+    solution = run(draft, target, verifier=verifier, num_candidates=2, selector="target")
+    assert solution.text == RIGHT + ANSWER
+
+
+@pytest.mark.parametrize(
+    "verifier",
+    [
+        VerifierConfig(model="draft", weights={"log_prob": 1.0}),
+        VerifierConfig(weights={}),
+        VerifierConfig(weights={"consistency": 1.0}),
+    ],
+)
+def test_the_target_selects_only_where_it_verifies(verifier: VerifierConfig) -> None:
+    with pytest.raises(UsageError, match="target selects"):
+        SolveConfig(selector="target", verifier=verifier)

@@ -24,9 +24,10 @@ _mlx_lm_attention = base.scaled_dot_product_attention
 
 @dataclass(frozen=True, slots=True)
 class RowCapture:
-    """What to read of a row's attention to c context tokens and its own n, from a layer on.
+    """What to read of a slot's attention to c context tokens and its own n, from a layer on.
 
     ``sources`` and ``sinks`` [c + n - 1, 1] are 1.0 in their columns, the step's own are neither.
+    ``blocks`` collects (source_mass, sink_mass, step) layer by layer.
     """
 
     sources: mx.array
@@ -34,6 +35,7 @@ class RowCapture:
     is_last_source: bool
     epsilon: float
     first_layer: int
+    blocks: list[tuple[mx.array, mx.array, mx.array]] = field(default_factory=list)
 
     @classmethod
     def of(cls, capture: Capture, num_rows: int, first_layer: int) -> "RowCapture":
@@ -55,8 +57,9 @@ class RowCapture:
 class Row:
     """One sequence's share of a pass: its slots in the batch and the columns that it may see.
 
-    A row is either one slot of ``length`` tokens, causal, or one slot of one token for each of its
-    candidates, told apart by ``mask`` [slots, columns]. ``start`` is the first column written.
+    A row is one slot of ``length`` tokens, causal, or several, one for each of its candidates, told
+    apart by ``mask`` [slots * length, columns]. ``start`` is the first column written, slot after
+    slot. ``captures`` are empty or one for each slot.
     """
 
     buffer: KVBuffer
@@ -64,8 +67,7 @@ class Row:
     num_slots: int = 1
     length: int = 1
     mask: mx.array | None = None
-    capture: RowCapture | None = None
-    blocks: list[tuple[mx.array, mx.array, mx.array]] = field(default_factory=list)
+    captures: list[RowCapture] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -129,9 +131,8 @@ class LayerCache:
             query = _fold(queries, row, first)
             num_new = row.num_slots * row.length
             key, value = row.buffer.read(self._layer, row.start + num_new)
-            if row.capture is not None and self._layer >= row.capture.first_layer:
-                output, block = captured_attention(query, key, value, scale, row.capture)
-                row.blocks.append(block)
+            if row.captures and self._layer >= row.captures[0].first_layer:
+                output = _captured_slots(query, key, value, scale, row)
             else:
                 is_causal = row.mask is None and num_new > 1
                 output = mx.fast.scaled_dot_product_attention(
@@ -170,6 +171,29 @@ def _dispatch(
     if sinks is not None:
         raise _refusal("has attention sinks")
     return cache.attend(queries, keys, values, scale, mask)
+
+
+def _captured_slots(
+    query: mx.array, key: mx.array, value: mx.array, scale: float, row: Row
+) -> mx.array:
+    """Captured attention of each slot to the row's context and the slot's own columns."""
+    outputs = []
+    for slot, capture in enumerate(row.captures):
+        first = row.start + slot * row.length
+        n = len(capture.sources) - row.start
+        own_query = query[:, :, slot * row.length : slot * row.length + n]
+        own_key, own_value = (
+            mx.concatenate([part[:, :, : row.start], part[:, :, first : first + n]], axis=2)
+            if slot
+            else part[:, :, : row.start + n]
+            for part in (key, value)
+        )
+        output, block = captured_attention(own_query, own_key, own_value, scale, capture)
+        capture.blocks.append(block)
+        if n < row.length:
+            output = mx.pad(output, [(0, 0), (0, 0), (0, row.length - n), (0, 0)])
+        outputs.append(output)
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
 def captured_attention(
@@ -240,15 +264,22 @@ def _fold(states: mx.array, row: Row, first: int) -> mx.array:
     """A row's part of [slots, heads, length, dim] as [1, heads, slots * length, dim]."""
     if states.shape[0] > row.num_slots:
         states = states[first : first + row.num_slots]
-    if row.num_slots > 1:
+    if states.shape[2] > row.length:
+        states = states[:, :, : row.length]
+    if row.num_slots == 1:
+        return states
+    if row.length == 1:
         return states.swapaxes(0, 2)
-    return states if states.shape[2] == row.length else states[:, :, : row.length]
+    return states.swapaxes(0, 1).reshape(1, states.shape[1], -1, states.shape[3])
 
 
 def _unfold(output: mx.array, row: Row, width: int) -> mx.array:
     """The way back, padded to ``width`` tokens a slot."""
-    if row.num_slots > 1:
-        return output.swapaxes(0, 2)
+    if row.num_slots > 1 and row.length == 1:
+        output = output.swapaxes(0, 2)
+    elif row.num_slots > 1:
+        _, heads, _, dim = output.shape
+        output = output.reshape(heads, row.num_slots, row.length, dim).swapaxes(0, 1)
     if row.length == width:
         return output
     return mx.pad(output, [(0, 0), (0, 0), (0, width - row.length), (0, 0)])

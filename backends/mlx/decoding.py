@@ -75,6 +75,17 @@ class Branches:
         return row
 
 
+def slot_row(buffer: KVBuffer, start: int, num_slots: int, length: int) -> Row:
+    """A row of slots of ``length`` tokens each, causal and blind for one another."""
+    row = Row(buffer, start, num_slots, length)
+    if num_slots > 1:
+        slot, place = np.divmod(np.arange(num_slots * length), length)
+        is_own = (slot == slot[:, None]) & (place <= place[:, None])
+        shared = np.ones((num_slots * length, start), dtype=np.bool_)
+        row.mask = mx.array(np.concatenate([shared, is_own], axis=1))
+    return row
+
+
 class Trail:
     """What was drawn, token by token; described in bulk, as logits of a whole step are large."""
 

@@ -73,7 +73,7 @@ class Forward:
         """Final hidden states [slots, length, H] of tokens [slots, length], not evaluated yet.
 
         Writes the columns of every row; padding behind a row's length leaves no trace. Attention
-        blocks are added to the rows that have a capture.
+        blocks are added to the captures of the rows.
         """
         attention = AttentionPass(rows, offset)
         caches = [LayerCache(attention, layer) for layer in range(self.num_layers)]
@@ -177,8 +177,6 @@ class _Done:
         return getattr(self._full, name)
 
 
-def attention_blocks(row: Row) -> tuple[AttentionBlock, ...] | None:
-    """What was captured of a row, from the lowest layer to the top one."""
-    if row.capture is None:
-        return None
-    return tuple(AttentionBlock(*map(np.array, layer)) for layer in row.blocks)
+def attention_blocks(capture: RowCapture) -> tuple[AttentionBlock, ...]:
+    """What was captured of a step, from the lowest layer to the top one."""
+    return tuple(AttentionBlock(*map(np.array, layer)) for layer in capture.blocks)

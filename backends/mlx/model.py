@@ -20,19 +20,20 @@ from specguard.backends.mlx.decoding import (
     Next,
     Trail,
     draw_tokens,
+    slot_row,
     to_numpy,
 )
 from specguard.backends.mlx.forward import Forward, attention_blocks
-from specguard.backends.mlx.sampling import describe, draw, entries, warp
+from specguard.backends.mlx.sampling import accept_tokens, describe, warp
 from specguard.backends.verbs import (
     Draft,
+    check_alternatives,
     check_continuations,
     check_length,
     check_prompt,
     check_room,
     check_sequences,
     check_uniforms,
-    count_accepted,
     finish_candidates,
 )
 from specguard.core.model import (
@@ -56,14 +57,16 @@ R = TypeVar("R")
 class _Handle:
     """Where a candidate's KV lies behind its sequence, and what is known of what follows it.
 
-    ``distributions`` [n, V] are the warped ones, if they were kept.
+    ``columns`` belong to the places from ``start`` on. ``distributions`` [n, V] are the warped
+    ones, if they were kept.
     """
 
     sequence: MlxSequence
     version: int
+    start: int
     columns: list[int]
-    ahead: Next | None
-    distributions: mx.array | None
+    ahead: Next | None = None
+    distributions: mx.array | None = None
 
 
 def _names_memory_errors(
@@ -187,9 +190,9 @@ class MlxModel:
                 or handle.version != sequence.version
             ):
                 raise ValueError("the candidate is stale or of another sequence")
-            first = len(sequence.token_ids)
-            if handle.columns != list(range(first, first + len(handle.columns))):
-                buffer.move_columns(first, handle.columns)
+            start, columns = handle.start, handle.columns
+            if columns != list(range(start, start + len(columns))):
+                buffer.move_columns(start, columns)
                 mx.async_eval(buffer.arrays())
             sequence.append(candidate.token_ids)
             sequence.ahead = handle.ahead
@@ -213,13 +216,8 @@ class MlxModel:
             for sequence, token_ids in zip(sequences, continuations, strict=True)
         ]
         rows, hidden = self._read(sequences, inputs, captures)
-        wanted = mx.array([token_id for token_ids in continuations for token_id in token_ids])
-        parts = []
-        for start in range(0, len(wanted), CHUNK):
-            logits = self._forward.logits(hidden[start : start + CHUNK])
-            parts.append(describe(logits, wanted[start : start + CHUNK]))
-            mx.eval(parts[-1], [row.blocks for row in rows])
-        all_logprobs, all_entropies = (np.concatenate(part) for part in zip(*parts, strict=True))
+        wanted = [token_id for token_ids in continuations for token_id in token_ids]
+        all_logprobs, all_entropies = self._describe(hidden, wanted, rows)
         observations = []
         stop = 0
         for sequence, token_ids, row in zip(sequences, continuations, rows, strict=True):
@@ -229,10 +227,57 @@ class MlxModel:
                 Observation(
                     token_logprobs=all_logprobs[start:stop],
                     token_entropies=all_entropies[start:stop],
-                    blocks=attention_blocks(row),
+                    blocks=attention_blocks(row.captures[0]) if row.captures else None,
                     last_hidden_state=to_numpy(hidden[stop - 1]) if hidden_state else None,
                 )
             )
+        return observations
+
+    @_names_memory_errors
+    def score(
+        self,
+        sequences: Sequence[MlxSequence],
+        continuations: Sequence[Sequence[Sequence[int]]],
+        captures: Sequence[Capture | None] | None = None,
+    ) -> list[list[Observation]]:
+        """Forward each continuation in a slot of its own behind one copy of its prefix."""
+        captures = captures if captures is not None else [None] * len(sequences)
+        check_sequences(sequences)
+        check_alternatives(sequences, continuations, captures, self.name, self.capture_refusal)
+        rows, inputs = [], []
+        for sequence, found, capture in zip(sequences, continuations, captures, strict=True):
+            width = max(map(len, found))
+            check_room(sequence, width, self.context_limit)
+            row = slot_row(sequence.writable(), sequence.num_cached, len(found), width)
+            if capture is not None:
+                row.captures = [self._forward.row_capture(capture, len(ids)) for ids in found]
+            rows.append(row)
+            inputs += [[sequence.token_ids[-1], *token_ids[:-1]] for token_ids in found]
+            sequence.version += 1  # the columns behind the sequence are about to be written
+        width = max(map(len, inputs))
+        tokens = mx.array([row + [0] * (width - len(row)) for row in inputs])
+        positions = [row.start for row in rows for _ in range(row.num_slots)]
+        hidden = self._forward.run(rows, tokens, _offset(positions))
+        predicting = mx.concatenate([hidden[i, : len(row)] for i, row in enumerate(inputs)])
+        wanted = [token_id for found in continuations for ids in found for token_id in ids]
+        all_logprobs, all_entropies = self._describe(predicting, wanted, rows)
+        observations: list[list[Observation]] = []
+        stop = 0
+        for sequence, found, row in zip(sequences, continuations, rows, strict=True):
+            mx.async_eval(row.buffer.arrays())
+            observations.append([])
+            for slot, token_ids in enumerate(found):
+                start, stop = stop, stop + len(token_ids)
+                first = row.start + slot * row.length
+                columns = list(range(first, first + len(token_ids)))
+                observations[-1].append(
+                    Observation(
+                        token_logprobs=all_logprobs[start:stop],
+                        token_entropies=all_entropies[start:stop],
+                        blocks=attention_blocks(row.captures[slot]) if row.captures else None,
+                        handle=_Handle(sequence, sequence.version, row.start, columns),
+                    )
+                )
         return observations
 
     @_names_memory_errors
@@ -260,7 +305,7 @@ class MlxModel:
             assert drafted is not None
             start, stop = stop, stop + len(inputs[index])
             logits = self._forward.logits(hidden[start:stop])
-            num_accepted, token_ids = _accept_tokens(
+            num_accepted, token_ids = accept_tokens(
                 warp(logits, sampling), drafted, candidate, uniforms[index]
             )
             has_room = len(sequence.token_ids) + len(token_ids) <= self.context_limit
@@ -275,6 +320,20 @@ class MlxModel:
         sequence.readable()
         check_length(sequence, length)
         sequence.truncate(length)
+
+    def _describe(
+        self, hidden: mx.array, token_ids: list[int], rows: list[Row]
+    ) -> tuple[FloatArray, FloatArray]:
+        """Log-probs and entropies of tokens by the hidden states that predict them, [N] all."""
+        wanted = mx.array(token_ids)
+        blocks = [capture.blocks for row in rows for capture in row.captures]
+        parts = []
+        for start in range(0, len(wanted), CHUNK):
+            logits = self._forward.logits(hidden[start : start + CHUNK])
+            parts.append(describe(logits, wanted[start : start + CHUNK]))
+            mx.eval(parts[-1], blocks)
+        logprobs, entropies = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return logprobs, entropies
 
     def _after_pending(self, sequences: Sequence[MlxSequence]) -> Next:
         """What follows each sequence; pending tokens are forwarded where that is not done yet."""
@@ -322,7 +381,7 @@ class MlxModel:
             sequence.version += 1
         for row, capture in zip(rows, captures or [None] * len(rows), strict=True):
             if capture is not None:
-                row.capture = self._forward.row_capture(capture, row.length)
+                row.captures = [self._forward.row_capture(capture, row.length)]
         width = max(map(len, inputs))
         tokens = mx.array([row + [0] * (width - len(row)) for row in inputs])
         positions = [sequence.num_cached for sequence in sequences]
@@ -349,6 +408,7 @@ class MlxModel:
                 _Handle(
                     sequence=sequence,
                     version=sequence.version,
+                    start=len(sequence.token_ids),
                     columns=draft.columns,
                     ahead=ahead.get(index),
                     distributions=None if kept is None else mx.stack(kept),
@@ -364,29 +424,6 @@ class MlxModel:
             sums,
             handles,
         )
-
-
-def _accept_tokens(
-    judged: mx.array, drafted: mx.array, candidate: Candidate, uniforms: FloatArray
-) -> tuple[int, list[int]]:
-    """Accept token t with probability min(1, p/q), else draw from max(0, p - q), normalised.
-
-    ``judged`` [n + 1, V] are the warped p, ``drafted`` [n, V] the warped q.
-    """
-    n = len(candidate.token_ids)
-    wanted = mx.array(candidate.token_ids)
-    num_accepted = count_accepted(
-        entries(judged[:n], wanted).tolist(), entries(drafted, wanted).tolist(), uniforms
-    )
-    kept = list(candidate.token_ids[:num_accepted])
-    if num_accepted < n:
-        remaining = mx.maximum(judged[num_accepted] - drafted[num_accepted], 0)
-    elif candidate.finish == "length":
-        remaining = judged[n]
-    else:
-        return num_accepted, kept
-    last = draw(remaining[None], mx.array([float(uniforms[n])]))
-    return num_accepted, [*kept, int(last.item())]
 
 
 def _offset(positions: list[int]) -> int | mx.array:

@@ -23,17 +23,20 @@ _UNSUPPORTED = ("softcap", "s_aux", "sliding_window", "position_bias")
 
 @dataclass(slots=True)
 class RowCapture:
-    """What to read for one batch row: its n step rows against its own columns.
+    """What to read of one batch row: the n rows of a step against the step's own columns.
 
-    ``columns`` [c + n - 1] are the buffer columns of positions 0 .. c+n-2; ``is_source`` [c].
-    Layers are read from ``first_layer`` on.
+    ``queries`` [n] are the step's places in the pass, ``columns`` [c + n - 1] the buffer columns of
+    positions 0 .. c+n-2; ``is_source`` [c]. Layers are read from ``first_layer`` on; ``blocks``
+    collects (source_mass, sink_mass, step) layer by layer.
     """
 
+    row: int
+    queries: Tensor | slice
     columns: Tensor | slice
-    num_rows: int
     is_source: Tensor
     epsilon: float
     first_layer: int
+    blocks: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -41,13 +44,12 @@ class AttentionPass:
     """One forward pass: who sees what, and what is captured.
 
     ``mask`` [B, 1, q, columns] is True where a query may look; None means everywhere, or causally
-    from an empty cache. ``blocks`` [B] collects (source_mass, sink_mass, step) layer by layer.
+    from an empty cache.
     """
 
     mask: Tensor | None = None
     is_causal: bool = False
-    captures: list[RowCapture | None] = field(default_factory=list)
-    blocks: list[list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=list)
+    captures: list[RowCapture] = field(default_factory=list)
     num_layers_seen: int = 0
 
 
@@ -103,10 +105,10 @@ def attend(
         ).view(batch, heads, length, value.shape[-1])
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = dim**-0.5 if scaling is None else scaling
-    for row, capture in enumerate(attention_pass.captures):
-        if capture is not None and layer >= capture.first_layer:
-            block = attention_block(query[row], key[row], scale, capture)
-            attention_pass.blocks[row].append(block)
+    for capture in attention_pass.captures:
+        if layer >= capture.first_layer:
+            block = attention_block(query[capture.row], key[capture.row], scale, capture)
+            capture.blocks.append(block)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -119,15 +121,16 @@ def attention_block(
     becomes its own token. Then the heads are averaged.
 
     Args:
-        query: [heads, q, dim], the step's rows first.
+        query: [heads, q, dim] of the whole row.
         key: [kv_heads, columns, dim].
         scale: factor on the scores.
-        capture: the row's columns and sources.
+        capture: the step's queries, columns and sources.
     """
-    n, context = capture.num_rows, len(capture.is_source)
     keys = key[:, capture.columns].float()  # [kv_heads, c + n - 1, dim]
     kv_heads, width, dim = keys.shape
-    grouped = query[:, :n].float().reshape(kv_heads, -1, dim)  # [kv_heads, groups * n, dim]
+    context = len(capture.is_source)
+    n = width - context + 1
+    grouped = query[:, capture.queries].float().reshape(kv_heads, -1, dim)  # [., groups * n, .]
     scores = torch.matmul(grouped * scale, keys.transpose(1, 2)).view(-1, n, width)
     # Only the step's own columns can lie in a row's future.
     future = torch.ones(n, n, dtype=torch.bool, device=query.device).triu_(1)

@@ -55,11 +55,20 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class PassOutput:
-    """Final hidden states [B, q, H], logits [B, q, V], and blocks for rows with a capture."""
+    """Final hidden states [B, q, H], logits [B, q, V], and what each reading has found."""
 
     hidden: Tensor
     logits: Tensor
-    blocks: list[tuple[AttentionBlock, ...] | None]
+    blocks: list[tuple[AttentionBlock, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A capture of the step whose rows are the given places among a row's queries."""
+
+    capture: Capture
+    row: int
+    queries: list[int]
 
 
 class Forward:
@@ -132,7 +141,7 @@ class Forward:
         tokens: list[list[int]],
         positions: list[list[int]],
         owners: list[list[int]] | None = None,
-        captures: Sequence[Capture | None] | None = None,
+        readings: Sequence[Reading] = (),
     ) -> PassOutput:
         """Forward up to q tokens a row and append their columns.
 
@@ -141,7 +150,7 @@ class Forward:
             tokens: token ids, [B][<= q]; shorter rows are padded.
             positions: their positions in the sequence.
             owners: the candidate that each belongs to; None makes all part of their row.
-            captures: what to read of each row's attention, nothing by default.
+            readings: what to read of the attention, nothing by default.
         """
         first_column = layout.num_columns
         token_grid, position_grid = self._grid(tokens, 0), self._grid(positions, 0)
@@ -151,17 +160,11 @@ class Forward:
         # One query that sees every column needs no mask.
         if len(tokens) > 1 or len(tokens[0]) > 1 or owners is not None:
             attention.mask = layout.visible(position_grid, owner_grid)
-        captures = captures or [None] * len(tokens)
-        for capture, row in zip(captures, tokens, strict=True):
-            attention.captures.append(self._row_capture(capture, len(row), first_column))
-            attention.blocks.append([])
+        attention.captures = [self._row_capture(reading, first_column) for reading in readings]
         output = self._call(self.model, layout, token_grid, position_grid, owner_grid, attention)
         hidden, self._head_input = self._head_input, None
         assert hidden is not None
-        blocks = [
-            _attention_blocks(found) if capture is not None else None
-            for capture, found in zip(captures, attention.blocks, strict=True)
-        ]
+        blocks = [_attention_blocks(capture.blocks) for capture in attention.captures]
         return PassOutput(hidden, output.logits[..., : self._num_tokens], blocks)
 
     def _call(
@@ -214,28 +217,23 @@ class Forward:
             return {kind: additive[kind] for kind in self._layer_types}
         return additive.get("sliding_attention", additive["full_attention"])
 
-    def _row_capture(
-        self, capture: Capture | None, num_rows: int, first_column: int
-    ) -> RowCapture | None:
-        if capture is None:
-            return None
+    def _row_capture(self, reading: Reading, first_column: int) -> RowCapture:
+        capture = reading.capture
         first_layer = self._num_layers - capture.num_layers
         if first_layer < 0:
             raise UsageError(
                 f"attention of {capture.num_layers} layers is asked for and {self._name} has "
                 f"{self._num_layers}"
             )
-        context = len(capture.is_source)
-        columns: Tensor | slice = slice(0, context + num_rows - 1)
-        if first_column != context - 1:  # padding lies between the context and the step
-            columns = torch.cat(
-                [
-                    torch.arange(context - 1, device=self.device),
-                    torch.arange(first_column, first_column + num_rows, device=self.device),
-                ]
-            )
+        before, n = len(capture.is_source) - 1, len(reading.queries)
+        queries: Tensor | slice = slice(0, n)
+        columns: Tensor | slice = slice(0, before + n)
+        if first_column != before or reading.queries != list(range(n)):
+            # Padding or other steps lie between the context and the step.
+            queries = self.tensor(reading.queries)
+            columns = torch.cat([torch.arange(before, device=self.device), first_column + queries])
         is_source = self.tensor(capture.is_source)
-        return RowCapture(columns, num_rows, is_source, capture.epsilon, first_layer)
+        return RowCapture(reading.row, queries, columns, is_source, capture.epsilon, first_layer)
 
     def _grid(self, rows: list[list[int]], filler: int) -> Tensor:
         width = max(map(len, rows))

@@ -7,19 +7,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specguard.backends.pytorch.forward import Forward, Layout, PassOutput
+from specguard.backends.pytorch.forward import Forward, Layout, PassOutput, Reading
 from specguard.backends.pytorch.kv import KVBuffer
-from specguard.backends.pytorch.sampling import describe, draw, warp
+from specguard.backends.pytorch.sampling import accept_tokens, describe, draw, warp
+from specguard.backends.pytorch.scoring import Fan
 from specguard.backends.sequence import BufferedSequence
 from specguard.backends.verbs import (
     Draft,
+    check_alternatives,
     check_continuations,
     check_length,
     check_prompt,
     check_room,
     check_sequences,
     check_uniforms,
-    count_accepted,
     finish_candidates,
 )
 from specguard.core.model import (
@@ -47,7 +48,7 @@ class _Handle:
     buffer: KVBuffer
     row: int
     columns: list[int]
-    distributions: Tensor | None
+    distributions: Tensor | None = None
 
 
 class TorchModel:
@@ -180,8 +181,14 @@ class TorchModel:
             [sequence.token_ids[-1], *token_ids[:-1]]
             for sequence, token_ids in zip(sequences, continuations, strict=True)
         ]
-        layout, output = self._read(sequences, inputs, captures)
+        readings = [
+            Reading(capture, row, list(range(len(inputs[row]))))
+            for row, capture in enumerate(captures)
+            if capture is not None
+        ]
+        layout, output = self._read(sequences, inputs, readings)
         first_column = layout.num_columns - output.logits.shape[1]
+        blocks = iter(output.blocks)
         observations = []
         for row, (sequence, token_ids) in enumerate(zip(sequences, continuations, strict=True)):
             n = len(token_ids)
@@ -194,10 +201,59 @@ class TorchModel:
                 Observation(
                     token_logprobs=_numpy(logprobs),
                     token_entropies=_numpy(entropies),
-                    blocks=output.blocks[row],
+                    blocks=None if captures[row] is None else next(blocks),
                     last_hidden_state=_numpy(output.hidden[row, n - 1]) if hidden_state else None,
                 )
             )
+        return observations
+
+    @torch.inference_mode()
+    def score(
+        self,
+        sequences: Sequence[TorchSequence],
+        continuations: Sequence[Sequence[Sequence[int]]],
+        captures: Sequence[Capture | None] | None = None,
+    ) -> list[list[Observation]]:
+        """Forward each pending token once, then all its continuations, kept apart by the mask."""
+        captures = captures if captures is not None else [None] * len(sequences)
+        check_alternatives(sequences, continuations, captures, self.name, self.capture_refusal)
+        fans = []
+        for sequence, found in zip(sequences, continuations, strict=True):
+            check_room(sequence, max(map(len, found)), self.context_limit)
+            fans.append(Fan.of(sequence.token_ids[-1], sequence.num_cached, found))
+        readings = [
+            Reading(capture, row, queries)
+            for row, (fan, capture) in enumerate(zip(fans, captures, strict=True))
+            if capture is not None
+            for queries in fan.places
+        ]
+        layout = self._open(sequences)
+        first_column = layout.num_columns
+        for sequence in sequences:
+            sequence.version += 1  # the columns behind the sequence are about to be written
+        output = self._forward.run(
+            layout,
+            [fan.tokens for fan in fans],
+            [fan.positions for fan in fans],
+            [fan.owners for fan in fans],
+            readings,
+        )
+        blocks = iter(output.blocks)
+        observations: list[list[Observation]] = []
+        for row, (sequence, fan) in enumerate(zip(sequences, fans, strict=True)):
+            observations.append([])
+            for token_ids, places in zip(continuations[row], fan.places, strict=True):
+                logits = output.logits[row, self._forward.tensor(places)]
+                logprobs, entropies = describe(logits, self._forward.tensor(list(token_ids)))
+                columns = [first_column + place for place in places]
+                observations[-1].append(
+                    Observation(
+                        token_logprobs=_numpy(logprobs),
+                        token_entropies=_numpy(entropies),
+                        blocks=None if captures[row] is None else next(blocks),
+                        handle=_Handle(sequence, sequence.version, layout.buffer, row, columns),
+                    )
+                )
         return observations
 
     @torch.inference_mode()
@@ -224,7 +280,7 @@ class TorchModel:
             assert drafted is not None
             n = len(candidate.token_ids)
             logits = output.logits[row, : n + 1]
-            num_accepted, token_ids = _accept_tokens(
+            num_accepted, token_ids = accept_tokens(
                 warp(logits, sampling), drafted, candidate, uniforms[row]
             )
             has_room = len(sequence.token_ids) + len(token_ids) <= self.context_limit
@@ -323,7 +379,7 @@ class TorchModel:
         self,
         sequences: Sequence[TorchSequence],
         inputs: list[list[int]],
-        captures: Sequence[Capture | None] | None = None,
+        readings: Sequence[Reading] = (),
     ) -> tuple[Layout, PassOutput]:
         """One causal pass over given tokens."""
         layout = self._open(sequences)
@@ -331,7 +387,7 @@ class TorchModel:
         for sequence, tokens in zip(sequences, inputs, strict=True):
             sequence.version += 1
             positions.append(list(range(sequence.num_cached, sequence.num_cached + len(tokens))))
-        return layout, self._forward.run(layout, inputs, positions, captures=captures)
+        return layout, self._forward.run(layout, inputs, positions, readings=readings)
 
     def _keep_columns(
         self, sequence: TorchSequence, buffer: KVBuffer, row: int, columns: list[int]
@@ -342,29 +398,6 @@ class TorchModel:
         if own is buffer and columns == list(range(start, start + len(columns))):
             return
         own.copy_columns(start, buffer, row, self._forward.tensor(columns))
-
-
-def _accept_tokens(
-    judged: Tensor, drafted: Tensor, candidate: Candidate, uniforms: FloatArray
-) -> tuple[int, list[int]]:
-    """Accept token t with probability min(1, p/q), else draw from max(0, p - q), normalised.
-
-    ``judged`` [n + 1, V] are the warped p, ``drafted`` [n, V] the warped q.
-    """
-    n = len(candidate.token_ids)
-    wanted = torch.tensor(candidate.token_ids, device=judged.device).unsqueeze(-1)
-    p = judged[:n].gather(1, wanted).squeeze(1).tolist()
-    q = drafted.gather(1, wanted).squeeze(1).tolist()
-    num_accepted = count_accepted(p, q, uniforms)
-    kept = list(candidate.token_ids[:num_accepted])
-    if num_accepted < n:
-        remaining = (judged[num_accepted] - drafted[num_accepted]).clamp(min=0)
-    elif candidate.finish == "length":
-        remaining = judged[n]
-    else:
-        return num_accepted, kept
-    last = torch.tensor([uniforms[n]], dtype=remaining.dtype, device=remaining.device)
-    return num_accepted, [*kept, int(draw(remaining.unsqueeze(0), last))]
 
 
 def _numpy(tensor: Tensor) -> FloatArray:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from specguard.core.model import Sampling
+from specguard.backends.verbs import count_accepted
+from specguard.core.model import Candidate, FloatArray, Sampling
 
 _CHUNK = 128
 
@@ -48,3 +49,26 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     wanted = torch.minimum(uniforms.unsqueeze(-1) * total, total * (1 - 2**-22))
     # Only what is not a number comes out past the end; the caller refuses its log-probability.
     return torch.searchsorted(cdf, wanted, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)
+
+
+def accept_tokens(
+    judged: Tensor, drafted: Tensor, candidate: Candidate, uniforms: FloatArray
+) -> tuple[int, list[int]]:
+    """Accept token t with probability min(1, p/q), else draw from max(0, p - q), normalised.
+
+    ``judged`` [n + 1, V] are the warped p, ``drafted`` [n, V] the warped q.
+    """
+    n = len(candidate.token_ids)
+    wanted = torch.tensor(candidate.token_ids, device=judged.device).unsqueeze(-1)
+    p = judged[:n].gather(1, wanted).squeeze(1).tolist()
+    q = drafted.gather(1, wanted).squeeze(1).tolist()
+    num_accepted = count_accepted(p, q, uniforms)
+    kept = list(candidate.token_ids[:num_accepted])
+    if num_accepted < n:
+        remaining = (judged[num_accepted] - drafted[num_accepted]).clamp(min=0)
+    elif candidate.finish == "length":
+        remaining = judged[n]
+    else:
+        return num_accepted, kept
+    last = torch.tensor([uniforms[n]], dtype=remaining.dtype, device=remaining.device)
+    return num_accepted, [*kept, int(draw(remaining.unsqueeze(0), last))]

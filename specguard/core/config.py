@@ -26,8 +26,10 @@ CONSERVATIVE_BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
     }
 )
 SIGNALS = (*CONSERVATIVE_BOUNDS, "grounding", "grounding_mean")
-# Embedders of the selector; a third kind loads a model of that package.
+# Selectors that take the medoid of embeddings by one of these; a third kind loads a model of that
+# package. "target" takes the candidate that the verifier scores highest.
 EMBEDDERS = ("draft", "ngram")
+TARGET_SELECTOR = "target"
 SENTENCE_TRANSFORMERS = "sentence-transformers:"
 ATTENTION_SIGNALS = frozenset({"grounding", "grounding_mean", "sink_mass"})
 
@@ -132,11 +134,13 @@ class SolveConfig:
 
     ``method`` "target" or "draft" is plain decoding by that model. ``sampling`` is how steps are
     proposed (plain decoding: written); None means temperature 0.7 and top-p 0.8 for candidates and
-    greedy for plain decoding. ``selector`` names an embedder. ``detail`` keeps every candidate and
-    the token arrays in the step records.
+    greedy for plain decoding. ``selector`` names an embedder, whose medoid is kept, or is "target":
+    it reads all candidates in one pass and the best ensemble score is kept. ``detail`` keeps every
+    candidate and the token arrays in the step records.
 
     Raises:
-        UsageError: a count below 1, a negative seed, an unknown method.
+        UsageError: a count below 1, a negative seed, an unknown name, the target as selector where
+            it does not verify.
     """
 
     method: Method = "specguard"
@@ -165,11 +169,18 @@ class SolveConfig:
         if not self.delimiter.isascii() or not self.delimiter:
             # Other characters may be spread over tokens, where no token completes them.
             raise UsageError("the step delimiter must be ASCII text, one character or more")
-        if self.selector not in EMBEDDERS and not (
+        if self.selector == TARGET_SELECTOR:
+            if self.verifier.model != "target" or not self.verifier.needs_model:
+                raise UsageError(
+                    "the target selects by the verifier's score, and this verifier does not ask it",
+                    "choose verifier 'target' with a weight on one of its signals, or another "
+                    "selector",
+                )
+        elif self.selector not in EMBEDDERS and not (
             self.selector.startswith(SENTENCE_TRANSFORMERS)
             and self.selector != SENTENCE_TRANSFORMERS
         ):
-            known = ", ".join((*EMBEDDERS, f"{SENTENCE_TRANSFORMERS}NAME"))
+            known = ", ".join((TARGET_SELECTOR, *EMBEDDERS, f"{SENTENCE_TRANSFORMERS}NAME"))
             raise UsageError(f"no selector is called {self.selector!r}", f"selectors: {known}")
 
     @property

@@ -7,11 +7,12 @@ target or the draft alone runs through the same loop and statistics.
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from specguard.core.config import Author, SolveConfig
+from specguard.core.config import TARGET_SELECTOR, Author, SolveConfig
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.model import (
     Boundary,
@@ -33,7 +34,7 @@ from specguard.core.records import (
     TokenArrays,
     summarise,
 )
-from specguard.core.selector import Embedder, Selection, select_medoid
+from specguard.core.selector import Embedder, Selection, best_verdict, distinct, select_medoid
 from specguard.core.text import PieceTable, final_answer, is_looping
 from specguard.core.verifier import Verdict, verify
 
@@ -121,6 +122,7 @@ class _Run:
         self.finish_reason: FinishReason | None = None
         self.capture: Capture | None = None
         self.observation: Observation | None = None
+        self.verdicts: dict[int, Verdict] = {}  # of candidates that no sequence has taken in yet
         self.pieces = PieceTable(self.tokenizer)
         self.started = time.perf_counter()
 
@@ -132,18 +134,34 @@ class _Run:
             return self._propose("draft", self.config.num_candidates, self.config.step_sampling)
 
     def select(self, candidates: list[Candidate]) -> Selection:
-        """The most consistent candidate."""
+        """The most consistent candidate, or the one that the target scores highest."""
+        self.capture = self.observation = None
+        self.verdicts = {}
         with self._phase("select"):
-            return select_medoid(candidates, self.embed)
+            selection = select_medoid(candidates, self.embed)
+            alternatives = distinct(candidates)
+        if self.config.selector != TARGET_SELECTOR or len(alternatives) == 1:
+            return selection
+        with self._phase("verify"):
+            self.capture = self._capture()
+            scored = self._score([candidates[index] for index in alternatives])
+            observations = dict(zip(alternatives, scored, strict=True))
+            for index, observation in observations.items():
+                self.verdicts[index] = verify(
+                    observation, self.capture, selection.similarities[index], self.config.verifier
+                )
+            best = best_verdict(self.verdicts)
+            self.observation = observations[best]
+            return Selection(best, selection.similarities)
 
     def verify(self, selected: Candidate, selection: Selection) -> Verdict:
         """Judge the selected candidate; a verifying pass is also its KV in that model."""
         config = self.config.verifier
+        if selection.index in self.verdicts:
+            return self.verdicts[selection.index]
         with self._phase("verify"):
-            self.capture = self.observation = None
             if config.needs_attention or (config.needs_model and config.model == "target"):
-                if self.models[config.model].capture_refusal is None:
-                    self.capture = self._capture()
+                self.capture = self._capture()
                 self.observation = self._extend(config.model, selected.token_ids, self.capture)
             observation = self.observation or Observation(
                 selected.token_logprobs, selected.token_entropies
@@ -156,12 +174,16 @@ class _Run:
         with self._phase("commit"):
             if self.observation is None or self.config.verifier.model != "draft":
                 self.models["draft"].commit([self.sequences["draft"]], [selected])
+            if self.verdicts:
+                assert self.observation is not None
+                kept = replace(selected, handle=self.observation.handle)
+                self.models["target"].commit([self.sequences["target"]], [kept])
             self.token_ids.extend(selected.token_ids)
 
     def rewrite(self) -> Candidate:
         """Take the rejected step back and have the target write it."""
         with self._phase("rewrite"):
-            if self.observation is not None:
+            if self.observation is not None and not self.verdicts:
                 author = self.config.verifier.model
                 self.models[author].rewind(self.sequences[author], len(self.token_ids))
             [rewritten] = self._propose("target", 1, self.config.rewrite_sampling)
@@ -279,6 +301,13 @@ class _Run:
             self.num_verified_tokens += len(token_ids)
         return observation
 
+    def _score(self, candidates: list[Candidate]) -> list[Observation]:
+        sequence = self._caught_up("target")
+        continuations = [candidate.token_ids for candidate in candidates]
+        [observations] = self.models["target"].score([sequence], [continuations], [self.capture])
+        self.num_verified_tokens += sum(map(len, continuations))
+        return observations
+
     def _caught_up(self, author: Author) -> TokenSequence:
         """The model's sequence with every token so far in it."""
         if author not in self.sequences:
@@ -296,8 +325,10 @@ class _Run:
         written = len(self.token_ids) - len(self.prompt.token_ids)
         return min(self.config.max_tokens - written, self.context_limit - len(self.token_ids))
 
-    def _capture(self) -> Capture:
+    def _capture(self) -> Capture | None:
         verifier = self.config.verifier
+        if self.models[verifier.model].capture_refusal is not None:
+            return None
         is_source = np.ones(len(self.token_ids), dtype=np.bool_)
         if verifier.sources == "problem":
             first, last = self.prompt.problem_span
@@ -323,6 +354,10 @@ class _Run:
     ) -> tuple[CandidateRecord, ...] | None:
         if not self.config.detail or selection is None:
             return None
+        scores = {
+            candidates[index].token_ids: verdict.scores["ensemble"]
+            for index, verdict in self.verdicts.items()
+        }
         return tuple(
             CandidateRecord(
                 text=candidate.text,
@@ -330,6 +365,7 @@ class _Run:
                 token_logprobs=tuple(candidate.token_logprobs.tolist()),
                 similarity=similarity,
                 finish=candidate.finish,
+                score=scores.get(candidate.token_ids),
             )
             for candidate, similarity in zip(candidates, selection.similarities, strict=True)
         )

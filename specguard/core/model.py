@@ -130,13 +130,15 @@ class Observation:
 
     ``token_logprobs`` and ``token_entropies`` [n] as in `Candidate`. ``blocks`` runs from the
     lowest captured layer to the top one. ``last_hidden_state`` [hidden] is the final hidden state
-    that predicted the last token.
+    that predicted the last token. ``handle`` is the backend's way to the KV where the pass was
+    `LanguageModel.score`: a `Candidate` that carries it can be committed.
     """
 
     token_logprobs: FloatArray
     token_entropies: FloatArray
     blocks: tuple[AttentionBlock, ...] | None = None
     last_hidden_state: FloatArray | None = None
+    handle: object = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -237,7 +239,7 @@ class LanguageModel(Protocol[S]):
         """
 
     def commit(self, sequences: Sequence[S], candidates: Sequence[Candidate]) -> None:
-        """Append a candidate that this model proposed; its KV is kept, not computed again."""
+        """Append a candidate that this model proposed or scored; its KV is not computed again."""
 
     def extend(
         self,
@@ -247,6 +249,18 @@ class LanguageModel(Protocol[S]):
         hidden_state: bool = False,
     ) -> list[Observation]:
         """Append the given tokens (one or more each) in one parallel pass and observe them."""
+
+    def score(
+        self,
+        sequences: Sequence[S],
+        continuations: Sequence[Sequence[Sequence[int]]],
+        captures: Sequence[Capture | None] | None = None,
+    ) -> list[list[Observation]]:
+        """Observe several continuations of each sequence; the sequences stay as they are.
+
+        One pass over one copy of each prefix, whatever the number of continuations. To keep one of
+        them, `commit` a candidate with its token ids and its observation's ``handle``.
+        """
 
     def accept(
         self,

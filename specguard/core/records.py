@@ -22,13 +22,17 @@ Phase = Literal["propose", "select", "verify", "commit", "rewrite"]
 
 @dataclass(frozen=True, slots=True)
 class CandidateRecord:
-    """One candidate step; ``similarity`` is its mean cosine similarity to the others."""
+    """One candidate step; ``similarity`` is its mean cosine similarity to the others.
+
+    ``score`` is its ensemble score, None where only the selected one was verified.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     token_logprobs: tuple[float, ...]
     similarity: float
     finish: CandidateFinish
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
-"""The self-consistency selector: the candidate most similar to the others."""
+"""Which candidate is kept: the one most similar to the others, or the best by its verdict."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from specguard.core.model import Candidate, FloatArray
+from specguard.core.verifier import Verdict
 
 # Embeddings [k, d] of k candidates, one row each; rows need no normalisation.
 Embedder = Callable[[Sequence[Candidate]], FloatArray]
@@ -30,13 +31,37 @@ def select_medoid(candidates: Sequence[Candidate], embed: Embedder) -> Selection
     similarities = mean_similarities(embed(candidates))
     # The same tokens come out with scores that differ in the last bits, by their place in a batch:
     # the first of them speaks for all. Other texts may be equal but for rounding, too.
+    keys = {
+        index: (
+            round(similarities[index], 6),
+            round(float(candidates[index].token_logprobs.min()), 6),
+            -index,
+        )
+        for index in distinct(candidates)
+    }
+    return Selection(max(keys, key=keys.__getitem__), similarities)
+
+
+def distinct(candidates: Sequence[Candidate]) -> list[int]:
+    """Indices of the candidates without those whose tokens an earlier one has already."""
     first: dict[tuple[int, ...], int] = {}
-    keys = []
     for index, candidate in enumerate(candidates):
-        twin = first.setdefault(candidate.token_ids, index)
-        logprob = float(candidates[twin].token_logprobs.min())
-        keys.append((round(similarities[twin], 6), round(logprob, 6), -index))
-    return Selection(max(range(len(keys)), key=keys.__getitem__), similarities)
+        first.setdefault(candidate.token_ids, index)
+    return list(first.values())
+
+
+def best_verdict(verdicts: Mapping[int, Verdict]) -> int:
+    """The candidate with the highest ensemble score.
+
+    Ties, frequent where scores are clamped, go to the higher minimum log-probability, then to the
+    lower index.
+    """
+
+    def key(index: int) -> tuple[float, float, int]:
+        verdict = verdicts[index]
+        return round(verdict.scores["ensemble"], 6), round(verdict.signals["log_prob"], 6), -index
+
+    return max(verdicts, key=key)
 
 
 def mean_similarities(embeddings: FloatArray) -> tuple[float, ...]:
