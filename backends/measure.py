@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -110,12 +109,12 @@ def decoding(count: int, backend: str) -> None:
     for problem in _held_out(count):
         prompt = engine.target.tokenizer.encode_prompt(problem.text, None, False)
         started = time.perf_counter()
-        token_ids = peer(list(prompt.token_ids))
+        text = peer(list(prompt.token_ids))
         theirs.append(time.perf_counter() - started)
         solution = engine.solve(problem.text)
         ours.append(solution.stats.seconds)
         num_tokens += solution.stats.num_tokens
-        num_equal += engine.target.tokenizer.decode(token_ids) == solution.text
+        num_equal += text == solution.text
     ratio = median(own / peers for own, peers in zip(ours, theirs, strict=True))
     click.echo(
         f"{count} problems, {num_tokens} tokens, {num_equal} texts equal. generate: "
@@ -222,41 +221,36 @@ def _first_difference(one: Solution, other: Solution) -> str:
     return f"finish: {one.finish_reason}, {other.finish_reason}"
 
 
-def _transformers_generate(engine: Engine) -> Callable[[list[int]], list[int]]:
+def _transformers_generate(engine: Engine) -> Callable[[list[int]], str]:
     import torch
     from transformers import AutoModelForCausalLM
 
     assert engine.target is not None
+    tokenizer = engine.target.tokenizer
     model = AutoModelForCausalLM.from_pretrained(engine.target.name, dtype=torch.float32)
 
-    def generate(token_ids: list[int]) -> list[int]:
+    def generate(token_ids: list[int]) -> str:
         inputs = torch.tensor([token_ids])
         output = model.generate(
             inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=512, do_sample=False
         )
-        found: list[int] = output[0, inputs.shape[1] :].tolist()
-        return found
+        return tokenizer.decode(output[0, inputs.shape[1] :].tolist())
 
     return generate
 
 
-def _mlx_lm_generate(engine: Engine) -> Callable[[list[int]], list[int]]:
+def _mlx_lm_generate(engine: Engine) -> Callable[[list[int]], str]:
     import mlx.core as mx
-    from mlx_lm.generate import generate_step
-    from mlx_lm.utils import load_model
+    import mlx_lm
 
     assert engine.target is not None
-    model, _ = load_model(Path(engine.target.name))
+    model, tokenizer = mlx_lm.load(engine.target.name)
     model.set_dtype(mx.float32)
-    eos_ids = engine.target.tokenizer.eos_ids
+    tokenizer.eos_token_ids = set(engine.target.tokenizer.eos_ids)
 
-    def generate(token_ids: list[int]) -> list[int]:
-        found: list[int] = []
-        for token_id, _ in generate_step(mx.array(token_ids), model, max_tokens=512):
-            if token_id in eos_ids:
-                break
-            found.append(token_id)
-        return found
+    def generate(token_ids: list[int]) -> str:
+        text: str = mlx_lm.generate(model, tokenizer, token_ids, max_tokens=512)
+        return text
 
     return generate
 

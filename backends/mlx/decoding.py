@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from specguard.backends.mlx.attention import Row
 from specguard.backends.mlx.kv import KVBuffer
@@ -87,50 +88,53 @@ def slot_row(buffer: KVBuffer, start: int, num_slots: int, length: int) -> Row:
 
 
 class Trail:
-    """What was drawn, token by token; described in bulk, as logits of a whole step are large."""
+    """What was drawn, token by token, described before the pass over the token begins.
 
-    def __init__(self) -> None:
-        self.owners: list[int] = []
+    So nothing at the end of a step waits for the pass that is under way then.
+    """
+
+    def __init__(self, num_drafts: int) -> None:
+        self._num_drafts = num_drafts
+        self._owners: list[int] = []
+        self._described: list[tuple[mx.array, mx.array]] = []
         self._hidden: list[mx.array] = []
         self.kept: dict[int, list[mx.array]] = {}
-        self._logits: list[mx.array] = []
-        self._token_ids: list[mx.array] = []
-        self._described: list[tuple[mx.array, mx.array]] = []
-        self._num_waiting = 0
 
     def add(
         self, alive: list[int], token_ids: mx.array, following: Next, probs: mx.array | None
     ) -> None:
-        """One token of each candidate in ``alive`` and what it was drawn from, [A, ...] all."""
-        self.owners += alive
-        self._hidden.append(following.hidden)
-        self._logits.append(following.logits)
-        self._token_ids.append(token_ids)
+        """One token of each candidate in ``alive`` and what it was drawn from, [A, ...] all.
+
+        Their computation begins.
+        """
+        self._owners += alive
+        described = describe(following.logits, token_ids)
+        hidden = following.hidden.astype(mx.float32)
+        mx.async_eval(token_ids, described, hidden)
+        self._described.append(described)
+        self._hidden.append(hidden)
         if probs is not None:
             for slot, index in enumerate(alive):
                 self.kept.setdefault(index, []).append(probs[slot])
-        self._num_waiting += len(alive)
-        if self._num_waiting >= CHUNK:
-            self._describe()
 
-    def hidden_sums(self, num_drafts: int) -> FloatArray:
-        """Sums [num_drafts, H] of the hidden states that predicted each one's tokens."""
-        hidden = mx.concatenate(self._hidden).astype(mx.float32)
-        sums = mx.zeros((num_drafts, hidden.shape[1]))
-        return to_numpy(sums.at[mx.array(self.owners)].add(hidden))
+    def owners(self) -> NDArray[np.integer]:
+        """The candidate that each token belongs to, in order of drawing."""
+        return np.array(self._owners)
+
+    def hidden_sums(self) -> FloatArray:
+        """Sums [drafts, H] of the hidden states that predicted each one's tokens."""
+        hidden = np.concatenate([np.array(states) for states in self._hidden])
+        sums = np.zeros((self._num_drafts, hidden.shape[1]), dtype=np.float32)
+        np.add.at(sums, self._owners, hidden)
+        return sums
 
     def described(self) -> tuple[FloatArray, FloatArray]:
         """Log-probs and entropies of all tokens, in the order of ``owners``."""
-        if self._num_waiting:
-            self._describe()
-        logprobs, entropies = zip(*self._described, strict=True)
-        return to_numpy(mx.concatenate(logprobs)), to_numpy(mx.concatenate(entropies))
-
-    def _describe(self) -> None:
-        described = describe(mx.concatenate(self._logits), mx.concatenate(self._token_ids))
-        mx.async_eval(described)
-        self._described.append(described)
-        self._logits, self._token_ids, self._num_waiting = [], [], 0
+        logprobs, entropies = (
+            np.concatenate([np.array(part) for part in parts])
+            for parts in zip(*self._described, strict=True)
+        )
+        return logprobs, entropies
 
 
 def draw_tokens(

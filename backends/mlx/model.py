@@ -148,13 +148,12 @@ class MlxModel:
         slots = [draft.row for draft in drafts]
         alive = list(range(len(drafts)))
         ahead: dict[int, Next] = {}
-        trail = Trail()
+        trail = Trail(len(drafts))
         needs_probs = keep_distributions or not sampling.is_greedy
         for position in range(boundary.max_tokens):
             token_ids, following, probs = draw_tokens(
                 following, slots, sampling, draws[alive, position], needs_probs
             )
-            mx.async_eval(token_ids)
             trail.add(alive, token_ids, following, probs if keep_distributions else None)
             is_last = position + 1 == boundary.max_tokens
             if not is_last:
@@ -397,8 +396,7 @@ class MlxModel:
         trail: Trail,
         ahead: dict[int, Next],
     ) -> list[Candidate]:
-        # One transfer per quantity for the whole step, not one per token.
-        sums = trail.hidden_sums(len(drafts))
+        sums = trail.hidden_sums()
         logprobs, entropies = trail.described()
         handles = []
         for index, draft in enumerate(drafts):
@@ -418,7 +416,7 @@ class MlxModel:
             self.name,
             self._tokenizer,
             drafts,
-            np.array(trail.owners),
+            trail.owners(),
             logprobs,
             entropies,
             sums,

@@ -6,14 +6,15 @@ from specguard.backends.verbs import count_accepted
 from specguard.core.model import Candidate, FloatArray, Sampling
 
 _BLOCK = 256  # token ids
+_LOWEST = -1e30
 
 
 def describe(logits: mx.array, token_ids: mx.array) -> tuple[mx.array, mx.array]:
     """Log-prob of a token and entropy (nats) of each row [N, V], at temperature 1, in float32."""
     logits = logits.astype(mx.float32)
     total = mx.logsumexp(logits, axis=-1)
-    probs = mx.softmax(logits, axis=-1)
-    mean = mx.where(probs > 0, probs * logits, 0.0).sum(-1)
+    # A token that is ruled out by -inf adds nothing; its product would not be a number.
+    mean = (mx.softmax(logits, axis=-1) * mx.maximum(logits, _LOWEST)).sum(-1)
     return entries(logits, token_ids) - total, total - mean
 
 
