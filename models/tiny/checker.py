@@ -44,7 +44,7 @@ class _State:
     problem: Problem
     events: tuple[Sentence, ...]
     counts: dict[str, int]
-    past: set[int]
+    past: dict[str, set[int]]
     position: int = 0
 
     @classmethod
@@ -52,7 +52,7 @@ class _State:
         facts = [fact for sentence in problem.sentences for fact in sentence.facts]
         events = tuple(sentence for sentence in problem.sentences if sentence.updates)
         counts = dict(facts)
-        return cls(problem, events, counts, set(counts.values()))
+        return cls(problem, events, counts, {actor: {n} for actor, n in facts})
 
     def after(self, event: Sentence) -> dict[str, int]:
         """All counts after an event; owners whose source has no count are left out."""
@@ -63,8 +63,8 @@ class _State:
         return counts
 
     def restated(self, step: str) -> Sentence | None:
-        """The sentence of the problem that the step repeats word for word."""
-        found = [s for s in self.problem.sentences if s.text in step]
+        """The event or distractor that the step repeats word for word."""
+        found = [s for s in self.problem.sentences if s.text in step and not s.facts]
         return min(found, key=lambda s: (step.index(s.text), -len(s.text)), default=None)
 
     def read(self, step: str) -> Reading:
@@ -97,15 +97,16 @@ class _State:
         if sentence is not None and sentence.updates:
             self.position = max(self.position, self.events.index(sentence) + 1)
         else:
-            self.position += self.covered(step, claims)
+            self.position += self.covered(reading, claims)
         self.counts.update(claims)
-        self.past |= set(claims.values())
+        for actor, count in claims.items():
+            self.past.setdefault(actor, set()).add(count)
 
-    def covered(self, step: str, claims: dict[str, int]) -> int:
-        """How many of the next events a step works out: their results are stated at the end."""
-        counts, seen = dict(self.counts), set(numbers_in(step))
+    def covered(self, reading: Reading, claims: dict[str, int]) -> int:
+        """How many of the next events a step works out, results stated one and all."""
+        counts, seen = dict(self.counts), {*reading.outcomes, *claims.values()}
         changed: set[str] = set()
-        probe = _State(self.problem, self.events, counts, set())
+        probe = _State(self.problem, self.events, counts, {})
         for number, event in enumerate(self.events[self.position :], 1):
             probe.counts = probe.after(event)
             changed |= {update.owner for update in event.updates}
@@ -138,13 +139,13 @@ def judge(problem: Problem, before: Sequence[str], step: str) -> Judgement:
         index = state.events.index(sentence)
         if index < state.position:
             return Judgement(ErrorKind.OTHER, "repeats an event")
-        if index > state.position and not state.covered(step, claims):
+        if index > state.position and not state.covered(reading, claims):
             return Judgement(ErrorKind.SKIPPED_EVENT, state.events[state.position].text)
-    number = state.covered(step, claims)
+    number = state.covered(reading, claims)
     if number:
         events = state.events[state.position : state.position + number]
         return _judge_work(state, reading, events, claims)
-    return _explain(state, reading, claims)
+    return _explain(state, reading, claims, is_event)
 
 
 def _judge_answer(state: _State, reading: Reading) -> Judgement:
@@ -168,7 +169,7 @@ def _judge_answer(state: _State, reading: Reading) -> Judgement:
     assert reading.boxed is not None
     if reading.boxed in others:
         return Judgement(ErrorKind.ANOTHERS_NUMBER, str(reading.boxed))
-    if reading.boxed in state.past:
+    if reading.boxed in set[int]().union(*state.past.values()):
         return Judgement(ErrorKind.OTHER, f"{reading.boxed} is not what is asked for")
     if question.kind == "have":
         return Judgement(ErrorKind.INVENTED_NUMBER, str(reading.boxed))
@@ -223,21 +224,24 @@ def _judge_numbers(state: _State, reading: Reading, known: set[int]) -> Judgemen
 def _foreign(state: _State, number: int, actor: str | None) -> Judgement:
     """A number that has no business here: somebody else's, an earlier one, or nobody's."""
     others = {n for name, n in state.counts.items() if name != actor}
-    elsewhere = {n for s in state.problem.sentences for n in numbers_in(s.text)}
-    if number in others or (actor is None and number in elsewhere | state.past):
-        return Judgement(ErrorKind.ANOTHERS_NUMBER, str(number))
-    if number in state.past:
+    if number not in others and actor is not None and number in state.past.get(actor, ()):
         return Judgement(ErrorKind.SKIPPED_EVENT, f"{number} is what {actor} had earlier")
-    if number in elsewhere:
+    elsewhere = {n for s in state.problem.sentences for n in numbers_in(s.text)}
+    if number in others | elsewhere.union(*state.past.values()):
         return Judgement(ErrorKind.ANOTHERS_NUMBER, str(number))
     return Judgement(ErrorKind.INVENTED_NUMBER, str(number))
 
 
-def _explain(state: _State, reading: Reading, claims: dict[str, int]) -> Judgement:
-    """What is wrong with a step whose results are not those of the next event."""
+def _explain(
+    state: _State, reading: Reading, claims: dict[str, int], names_event: bool
+) -> Judgement:
+    """What is wrong with a step whose results are not those of the next event.
+
+    ``names_event``: the step says itself, word for word, that it is about this event.
+    """
     event = state.events[state.position]
     wanted = state.after(event)
-    for later in state.events[state.position + 1 :]:
+    for later in () if names_event else state.events[state.position + 1 :]:
         owners = {update.owner for update in later.updates}
         if all(claims.get(owner) == state.after(later).get(owner) for owner in owners):
             return Judgement(ErrorKind.SKIPPED_EVENT, event.text)
@@ -255,7 +259,7 @@ def _explain(state: _State, reading: Reading, claims: dict[str, int]) -> Judgeme
         stated = claims.get(update.owner)
         if stated is None or stated == wanted.get(update.owner):
             continue
-        if stated == state.counts.get(update.owner):
+        if stated == state.counts.get(update.owner) and not reading.calculations:
             return Judgement(ErrorKind.SKIPPED_EVENT, event.text)
         if stated in (n for actor, n in state.counts.items() if actor != update.owner):
             return Judgement(ErrorKind.ANOTHERS_NUMBER, str(stated))

@@ -6,7 +6,7 @@ actor has then. The generator knows nothing of tokenizers or models.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -264,8 +264,3 @@ def answer_step(question: Question, counts: dict[str, int]) -> str:
         case _:
             pass
     return f"{question.text} {', '.join(parts)}, so the answer is \\boxed{{{answer}}}."
-
-
-def simpler(difficulty: Difficulty, **changes: int | float) -> Difficulty:
-    """``difficulty`` with some bounds replaced."""
-    return replace(difficulty, **changes)  # type: ignore[arg-type]

@@ -61,6 +61,13 @@ class Reading:
     boxed: int | None
 
     @property
+    def outcomes(self) -> tuple[int, ...]:
+        """What the calculations are said to come to."""
+        ends = [calculation.expressions[-1] for calculation in self.calculations]
+        results = [c.result for c in self.calculations if c.result is not None]
+        return (*results, *(_whole(end) for end in ends if not _is_work(end)))
+
+    @property
     def last_value(self) -> int | None:
         """What the last calculation comes to, as stated."""
         if not self.calculations:
