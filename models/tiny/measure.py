@@ -103,8 +103,8 @@ def signals(count: int, output: Path | None) -> None:
     click.echo("|---|---|---|")
     for name in rows[0]["draft"]:
         aucs = []
-        for judge in "draft", "target":
-            values = np.array([row[judge][name] for row in rows])
+        for role in "draft", "target":
+            values = np.array([row[role][name] for row in rows])
             lower_is_better = name.startswith("entropy") or name == "sink_mass"
             values = -values if lower_is_better else values
             comparison = mannwhitneyu(values[is_right], values[~is_right])
