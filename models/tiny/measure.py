@@ -24,6 +24,7 @@ from specguard.core.selector import select_medoid
 from specguard.core.verifier import verify
 from specguard.models.pairs import BUILT_IN_PAIR, find_pair
 from specguard.models.tiny import problems
+from specguard.models.tiny.checker import judge
 
 STREAMS = {"calibration": problems.CALIBRATION, "held-out": problems.HELD_OUT}
 
@@ -102,8 +103,8 @@ def signals(count: int, output: Path | None) -> None:
     click.echo("|---|---|---|")
     for name in rows[0]["draft"]:
         aucs = []
-        for judge in "draft", "target":
-            values = np.array([row[judge][name] for row in rows])
+        for role in "draft", "target":
+            values = np.array([row[role][name] for row in rows])
             lower_is_better = name.startswith("entropy") or name == "sink_mass"
             values = -values if lower_is_better else values
             comparison = mannwhitneyu(values[is_right], values[~is_right])
@@ -117,7 +118,7 @@ def _judged_steps(engine: Engine, count: int) -> Iterator[dict[str, Any]]:
     config, verifier = engine.config, engine.config.verifier
     embed = load_embedder(config.selector)
     for problem in islice(problems.stream(problems.CALIBRATION), count):
-        for index, right in enumerate(problem.steps[:-1]):
+        for index in range(len(problem.steps) - 1):
             prefix = "".join(step + problems.DELIMITER for step in problem.steps[:index])
             row: dict[str, Any] = {}
             selected, consistency = None, 1.0
@@ -145,7 +146,13 @@ def _judged_steps(engine: Engine, count: int) -> Iterator[dict[str, Any]]:
                     [seen] = model.extend([sequence], [selected.token_ids], [capture])
                 row[role] = dict(verify(seen, capture, consistency, verifier).signals)
             assert selected is not None
-            yield {"is_right": selected.text.strip() == right, "text": selected.text, **row}
+            judgement = judge(problem, problem.steps[:index], selected.text.strip())
+            yield {
+                "is_right": judgement.is_right,
+                "kind": judgement.kind,
+                "text": selected.text,
+                **row,
+            }
 
 
 if __name__ == "__main__":

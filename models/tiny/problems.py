@@ -1,218 +1,55 @@
-"""Grade-school word problems with worked steps, generated from a seed.
+"""Word problems with worked steps, generated from a seed.
 
-A problem follows one kind of thing through two to five events; each event becomes one step that
-restates it, names what the actor had and computes what the actor has then. The generator knows
-nothing of tokenizers or models.
+Up to three actors hold one kind of thing through two to seven events; each sentence of the problem
+becomes one step, which restates it, says what the actor had, calculates, and ends with what the
+actor has then. The generator knows nothing of tokenizers or models.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from specguard.models.tiny import language as words
+from specguard.models.tiny.arithmetic import Update, product_work, sum_work
+from specguard.models.tiny.events import World, propose
+from specguard.models.tiny.language import CALIBRATION, HELD_OUT, TRAINING
+
+__all__ = ["CALIBRATION", "DELIMITER", "HELD_OUT", "TRAINING", "Difficulty", "Problem", "Question"]
+__all__ += ["Sentence", "generate", "stream"]
+
 DELIMITER = "\n\n"
-MAX_COUNT = 400
 
-# One stream of problems per use, so that no problem is seen in training and reported on.
-TRAINING, CALIBRATION, HELD_OUT = 1, 2, 3
 
-NAMES = [
-    "Adam",
-    "Aisha",
-    "Alex",
-    "Alice",
-    "Amir",
-    "Amy",
-    "Ana",
-    "Andre",
-    "Anna",
-    "Ava",
-    "Ben",
-    "Bella",
-    "Beth",
-    "Bruno",
-    "Carla",
-    "Carlos",
-    "Chen",
-    "Chloe",
-    "Clara",
-    "Cody",
-    "Dana",
-    "Daniel",
-    "David",
-    "Diego",
-    "Dina",
-    "Elena",
-    "Eli",
-    "Ella",
-    "Emil",
-    "Emma",
-    "Eric",
-    "Eva",
-    "Felix",
-    "Finn",
-    "Fiona",
-    "Gina",
-    "Grace",
-    "Hana",
-    "Hannah",
-    "Hugo",
-    "Ian",
-    "Ida",
-    "Iris",
-    "Ivan",
-    "Jack",
-    "Jada",
-    "James",
-    "Jane",
-    "Jill",
-    "John",
-    "Jonas",
-    "Jose",
-    "Julia",
-    "Kai",
-    "Karen",
-    "Kate",
-    "Kofi",
-    "Lara",
-    "Leah",
-    "Lena",
-    "Leo",
-    "Liam",
-    "Lily",
-    "Lina",
-    "Lisa",
-    "Lucas",
-    "Lucy",
-    "Luis",
-    "Maria",
-    "Mark",
-    "Marta",
-    "Mary",
-    "Max",
-    "Maya",
-    "Mia",
-    "Mila",
-    "Milo",
-    "Nadia",
-    "Nina",
-    "Noah",
-    "Nora",
-    "Oliver",
-    "Olga",
-    "Omar",
-    "Oscar",
-    "Owen",
-    "Paul",
-    "Pedro",
-    "Priya",
-    "Rafael",
-    "Ravi",
-    "Rosa",
-    "Ruby",
-    "Sam",
-    "Sana",
-    "Sara",
-    "Sofia",
-    "Tara",
-    "Theo",
-    "Tim",
-    "Tom",
-    "Tyler",
-    "Uma",
-    "Vera",
-    "Victor",
-    "Wei",
-    "Will",
-    "Yara",
-    "Yuki",
-    "Zara",
-    "Zoe",
-]
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """One sentence: ``updates`` says what it does to the counts, nothing for a distractor.
 
-THINGS = [
-    "apples",
-    "badges",
-    "bananas",
-    "beads",
-    "berries",
-    "blocks",
-    "books",
-    "bottles",
-    "boxes",
-    "buttons",
-    "cakes",
-    "candies",
-    "candles",
-    "cards",
-    "carrots",
-    "chairs",
-    "cherries",
-    "chips",
-    "clips",
-    "coins",
-    "cookies",
-    "crayons",
-    "cups",
-    "dolls",
-    "eggs",
-    "erasers",
-    "feathers",
-    "flags",
-    "flowers",
-    "forks",
-    "grapes",
-    "hats",
-    "jars",
-    "keys",
-    "kites",
-    "lemons",
-    "marbles",
-    "masks",
-    "medals",
-    "melons",
-    "muffins",
-    "mugs",
-    "nuts",
-    "onions",
-    "oranges",
-    "papers",
-    "peaches",
-    "pears",
-    "pebbles",
-    "pencils",
-    "pens",
-    "photos",
-    "pies",
-    "pins",
-    "plates",
-    "plums",
-    "postcards",
-    "posters",
-    "potatoes",
-    "puzzles",
-    "ribbons",
-    "rings",
-    "rocks",
-    "roses",
-    "seeds",
-    "shells",
-    "shirts",
-    "socks",
-    "spoons",
-    "stamps",
-    "stars",
-    "stickers",
-    "stones",
-    "straws",
-    "tickets",
-    "tiles",
-    "toys",
-    "trees",
-    "tulips",
-]
+    ``template`` is the phrasing that it was made from, before names and numbers.
+    """
 
-NUMBER_WORDS = {2: "twice", 3: "three times", 4: "four times"}
+    text: str
+    kind: str
+    template: str
+    updates: tuple[Update, ...] = ()
+    facts: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked: ``kind`` is have, total, difference or worth (``price`` dollars a piece)."""
+
+    text: str
+    kind: str
+    actors: tuple[str, ...]
+    price: int = 1
+
+    def answer(self, counts: dict[str, int]) -> int:
+        """The answer given what everybody has in the end."""
+        held = [counts[actor] for actor in self.actors]
+        if self.kind == "difference":
+            return held[0] - held[1]
+        return sum(held) * self.price
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +59,9 @@ class Problem:
     text: str
     steps: tuple[str, ...]
     answer: int
+    things: str
+    sentences: tuple[Sentence, ...]
+    question: Question
 
     @property
     def solution(self) -> str:
@@ -229,201 +69,46 @@ class Problem:
         return DELIMITER.join(self.steps)
 
 
-@dataclass(slots=True)
-class _World:
-    rng: np.random.Generator
-    actors: list[str]
-    things: str
-    counts: dict[str, int]
-    tracks_both: bool
+@dataclass(frozen=True, slots=True)
+class Difficulty:
+    """Bounds on what is generated; the defaults are those of calibration and held-out problems.
 
-    def pick(self, options: list[str]) -> str:
-        return options[int(self.rng.integers(len(options)))]
+    ``large_share`` of the problems have numbers of three digits and more.
+    """
 
-    def amount(self, low: int, high: int) -> int:
-        return int(self.rng.integers(low, high + 1))
+    max_actors: int = 3
+    max_events: int = 7
+    max_distractors: int = 2
+    large_share: float = 0.3
 
 
-# An event changes the counts and returns its wording and its step, or None where it does not fit.
-_Event = Callable[[_World, str], tuple[str, str] | None]
+_NUM_EVENTS = {2: 0.22, 3: 0.24, 4: 0.20, 5: 0.15, 6: 0.11, 7: 0.08}
+_NUM_ACTORS = {1: 0.35, 2: 0.45, 3: 0.20}
+_NUM_DISTRACTORS = {0: 0.6, 1: 0.28, 2: 0.12}
+_FULL = Difficulty()
 
 
-def _change(world: _World, actor: str, symbol: str, operand: int) -> str:
-    before = world.counts[actor]
-    after = {
-        "+": before + operand,
-        "-": before - operand,
-        "*": before * operand,
-        "/": before // operand,
-    }[symbol]
-    world.counts[actor] = after
-    return f"{actor} had {before}, so {before} {symbol} {operand} = {after}."
+def _draw(rng: np.random.Generator, shares: dict[int, float], highest: int) -> int:
+    options = [value for value in shares if value <= highest]
+    weights = np.array([shares[value] for value in options])
+    return int(rng.choice(options, p=weights / weights.sum()))
 
 
-def _gain(verbs: list[str]) -> _Event:
-    def event(world: _World, actor: str) -> tuple[str, str] | None:
-        n = world.amount(2, 40)
-        if world.counts[actor] + n > MAX_COUNT:
-            return None
-        verb = world.pick(verbs)
-        more = world.pick([" more", ""])
-        step = _change(world, actor, "+", n)
-        fact = f"{actor} {verb} {n}{{}} {world.things}."
-        return fact.format(more), f"{fact.format('')} {step}"
-
-    return event
-
-
-def _loss(verbs: list[str]) -> _Event:
-    def event(world: _World, actor: str) -> tuple[str, str] | None:
-        if world.counts[actor] < 4:
-            return None
-        n = world.amount(2, min(40, world.counts[actor] - 1))
-        verb = world.pick(verbs)
-        of_the = world.pick([" of the", ""])
-        step = _change(world, actor, "-", n)
-        fact = f"{actor} {verb} {n}{{}} {world.things}."
-        return fact.format(of_the), f"{fact.format('')} {step}"
-
-    return event
-
-
-def _half(verbs: list[str]) -> _Event:
-    def event(world: _World, actor: str) -> tuple[str, str] | None:
-        if world.counts[actor] < 4 or world.counts[actor] % 2:
-            return None
-        verb = world.pick(verbs)
-        wording = world.pick([f"half of the {world.things}", f"half the {world.things}"])
-        step = _change(world, actor, "/", 2)
-        return f"{actor} {verb} {wording}.", f"{actor} {verb} half of the {world.things}. {step}"
-
-    return event
-
-
-def _multiply(world: _World, actor: str) -> tuple[str, str] | None:
-    factor = world.amount(2, 4)
-    if world.counts[actor] * factor > MAX_COUNT:
-        return None
-    wordings = [
-        f"{actor} now has {NUMBER_WORDS[factor]} as many {world.things}.",
-        f"{actor} multiplies the number of {world.things} by {factor}.",
-    ]
-    if factor < 4:
-        wordings.append(f"{actor} {'doubles' if factor == 2 else 'triples'} the {world.things}.")
-    step = _change(world, actor, "*", factor)
-    return world.pick(wordings), f"{actor} multiplies the {world.things} by {factor}. {step}"
-
-
-def _give(world: _World, actor: str) -> tuple[str, str] | None:
-    others = [a for a in world.actors if a != actor]
-    if not others or world.counts[actor] < 4:
-        return None
-    n = world.amount(2, min(40, world.counts[actor] - 1))
-    other = others[0]
-    if world.tracks_both and world.counts[other] + n > MAX_COUNT:
-        return None
-    wording = world.pick(
-        [
-            f"{actor} gives {n} {world.things} to {other}.",
-            f"{actor} gives {other} {n} {world.things}.",
-        ]
-    )
-    given = _change(world, actor, "-", n)
-    received = f" {_change(world, other, '+', n)}" if world.tracks_both else ""
-    return wording, f"{actor} gives {n} {world.things} to {other}. {given}{received}"
-
-
-EVENTS: tuple[_Event, ...] = (
-    _gain(["buys", "finds", "gets", "collects", "picks up"]),
-    _gain(["buys", "finds", "wins", "makes"]),
-    _loss(["loses", "sells", "breaks", "gives away", "throws away"]),
-    _half(["sells", "loses", "gives away", "throws away"]),
-    _multiply,
-    _give,
-)
-_SYLLABLES = [
-    "ba",
-    "be",
-    "bo",
-    "da",
-    "do",
-    "fa",
-    "ga",
-    "ha",
-    "jo",
-    "ka",
-    "ki",
-    "la",
-    "le",
-    "lo",
-    "ma",
-    "mi",
-    "mo",
-    "na",
-    "ni",
-    "no",
-    "pa",
-    "ra",
-    "ri",
-    "ro",
-    "sa",
-    "ta",
-    "ti",
-    "to",
-    "va",
-    "zi",
-]
-_LINKS = ["", "", "Then ", "Then ", "After that, ", "Later, ", "Next, "]
-
-
-def _made_up(rng: np.random.Generator) -> str:
-    """A word outside the lists, so that a model learns to copy names that it has never seen."""
-    return "".join(
-        _SYLLABLES[i] for i in rng.integers(len(_SYLLABLES), size=int(rng.integers(2, 4)))
-    )
-
-
-def _choose_words(rng: np.random.Generator, num_actors: int) -> tuple[list[str], str]:
-    actors = [NAMES[i] for i in rng.choice(len(NAMES), num_actors, replace=False)]
-    things = THINGS[int(rng.integers(len(THINGS)))]
-    if rng.random() < 0.1:
-        actors[0] = _made_up(rng).capitalize() + "n"
-    if rng.random() < 0.1:
-        things = _made_up(rng) + "s"
-    return actors, things
-
-
-def generate(stream: int, index: int, tracks_both: bool = False) -> Problem:
+def generate(stream: int, index: int, difficulty: Difficulty = _FULL) -> Problem:
     """Problem number ``index`` of a stream; the same arguments give the same problem.
 
-    The count of one actor is followed; a second one, where there is one, only receives. With
-    ``tracks_both`` the second one acts too, and the question may be about either.
+    Names and things are the stream's own. Problems outside training hold at least one succession
+    of two phrasings that training never sees.
     """
     rng = np.random.Generator(np.random.Philox(key=[stream, index]))
-    actors, things = _choose_words(rng, 2 if rng.random() < 0.6 else 1)
-    followed = actors if tracks_both else actors[:1]
-    counts = {actor: int(rng.integers(4, 81)) for actor in followed}
-    world = _World(rng, actors, things, counts, tracks_both)
-    sentences = [
-        f"{a} {world.pick(['has', 'has', 'starts with', 'had'])} {world.counts[a]} {things}."
-        for a in followed
-    ]
-    steps: list[str] = []
-    num_events = int(rng.integers(2, 6))
-    while len(steps) < num_events:
-        actor = followed[int(rng.integers(len(followed)))]
-        outcome = EVENTS[int(rng.integers(len(EVENTS)))](world, actor)
-        if outcome is None:
-            continue
-        sentences.append((world.pick(_LINKS) if steps else "") + outcome[0])
-        steps.append(outcome[1])
-    asked = followed[int(rng.integers(len(followed)))]
-    sentences.append(
-        f"How many {things} does {asked} have{world.pick(['', ' now', ' left', ' in the end'])}?"
-    )
-    answer = world.counts[asked]
-    steps.append(f"The answer is \\boxed{{{answer}}}.")
-    return Problem(" ".join(sentences), tuple(steps), answer)
+    num_actors = _draw(rng, _NUM_ACTORS, difficulty.max_actors)
+    num_events = _draw(rng, _NUM_EVENTS, difficulty.max_events)
+    num_distractors = _draw(rng, _NUM_DISTRACTORS, difficulty.max_distractors)
+    while True:
+        world = World.begin(rng, stream, num_actors, difficulty.large_share)
+        problem = _attempt(world, num_events, num_distractors)
+        if problem is not None:
+            return problem
 
 
 def stream(number: int, start: int = 0) -> Iterator[Problem]:
@@ -432,3 +117,150 @@ def stream(number: int, start: int = 0) -> Iterator[Problem]:
     while True:
         yield generate(number, index)
         index += 1
+
+
+def _attempt(world: World, num_events: int, num_distractors: int) -> Problem | None:
+    is_training = world.stream == TRAINING
+    sentences = _facts(world)
+    num_facts = len(sentences)
+    steps = [_fact_step(world, sentence) for sentence in sentences]
+    has_held_out = False
+    while len(sentences) < num_facts + num_events:
+        event = _event(world)
+        if event is None:
+            return None
+        if len(sentences) > num_facts:
+            held_out = words.is_held_out(sentences[-1].template, event[0].template)
+            if held_out and is_training:
+                return None
+            has_held_out |= held_out
+        sentences.append(event[0])
+        steps.append(event[1])
+    if not is_training and not has_held_out:
+        return None
+    for _ in range(num_distractors):
+        text, template = _distractor(world)
+        if not world.open_with(text):
+            return None
+        place = int(world.rng.integers(num_facts, len(sentences) + 1))
+        sentences.insert(place, Sentence(text, "distractor", template))
+        steps.insert(place, f"{text} Nothing changes.")
+    question = _ask(world)
+    steps.append(answer_step(question, world.counts))
+    text = " ".join([*(sentence.text for sentence in sentences), question.text])
+    answer = question.answer(world.counts)
+    return Problem(text, tuple(steps), answer, world.things, tuple(sentences), question)
+
+
+def _facts(world: World) -> list[Sentence]:
+    """The opening: what everybody has who is not introduced by a later comparison."""
+    known = world.introduce()
+    pair = words.language(world.stream).pair_facts
+    if len(known) == 2 and world.rng.random() < 0.5:
+        groups: list[tuple[str, ...]] = [known]
+    else:
+        groups = [known[i : i + 1] for i in range(len(known))]
+    found = []
+    for index, group in enumerate(groups):
+        options = pair if len(group) == 2 else words.language(world.stream).facts
+        template = world.pick(options if index == 0 else options[:3])
+        a, b = group[0], group[-1]
+        text = template.format(a=a, b=b, n=world.counts[a], m=world.counts[b], t=world.things)
+        world.open_with(text)
+        facts = tuple((actor, world.counts[actor]) for actor in group)
+        found.append(Sentence(text, "fact", template, facts=facts))
+    return found
+
+
+def _fact_step(world: World, sentence: Sentence) -> str:
+    actor, count = sentence.facts[0]
+    plain = f"{actor} has {count} "
+    if sentence.text.startswith(plain):
+        return f"{sentence.text} Given."
+    return f"{sentence.text} So {plain}{world.things}."
+
+
+def _event(world: World) -> tuple[Sentence, str] | None:
+    """The next event, applied to the counts, and its step; None where no draw fits."""
+    for _ in range(40):
+        found = propose(world)
+        if found is None:
+            continue
+        kind, template, bare, updates = found
+        text = bare
+        if bare.split()[0] in world.actors and world.rng.random() < 0.6:
+            text = f"{world.pick(words.language(world.stream).links)} {bare}"
+        if not world.open_with(text):
+            continue
+        step = f"{text} {_apply(world, updates)}."
+        return Sentence(text, kind, template, updates), step
+    return None
+
+
+def _apply(world: World, updates: tuple[Update, ...]) -> str:
+    parts = []
+    for update in updates:
+        before = world.counts[update.source]
+        after = update.apply(before)
+        world.counts[update.owner] = after
+        parts.append(
+            f"{update.source} had {update.work(before)}, "
+            f"so {update.owner} has {after} {world.things}"
+        )
+    return ", ".join(parts)
+
+
+def _distractor(world: World) -> tuple[str, str]:
+    template = world.pick(words.language(world.stream).distractors)
+    name = world.pick((*world.actors, world.bystander))
+    return template.format(c=name, n=world.amount(3, 60)), template
+
+
+def _ask(world: World) -> Question:
+    """A question that the final counts can answer."""
+    options = words.language(world.stream).questions
+    actors = tuple(actor for actor in world.actors if actor in world.counts)
+    kinds = ["have", "have"]
+    if len(actors) > 1:
+        kinds += ["total", "difference"]
+    if world.things != "dollars":
+        kinds.append("worth")
+    kind = world.pick(tuple(kinds))
+    asked = world.pick(actors)
+    lesser = [other for other in actors if world.counts[other] < world.counts[asked]]
+    if (kind == "difference" and not lesser) or (kind == "worth" and world.counts[asked] > 99):
+        kind = "have"
+    chosen: tuple[str, ...] = (asked,)
+    if kind == "total":
+        chosen = actors
+    elif kind == "difference":
+        chosen = (asked, world.pick(tuple(lesser)))
+    price = world.amount(2, 9) if kind == "worth" else 1
+    text = world.pick(options[kind]).format(
+        a=asked, b=chosen[-1], t=world.things, n=price, all=_listed(chosen)
+    )
+    return Question(text, kind, chosen, price)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+
+
+def answer_step(question: Question, counts: dict[str, int]) -> str:
+    """The last step: the question, what it needs, and the boxed answer."""
+    answer = question.answer(counts)
+    held = [counts[actor] for actor in question.actors]
+    parts = [f"{actor} has {count}" for actor, count in zip(question.actors, held, strict=True)]
+    match question.kind:
+        case "worth":
+            parts.append(f"{product_work(held[0], question.price)} = {answer}")
+        case "difference":
+            parts.append(f"{sum_work(held[0], '-', held[1])} = {answer}")
+        case "total":
+            total = held[0]
+            for count in held[1:]:
+                parts.append(f"{sum_work(total, '+', count)} = {total + count}")
+                total += count
+        case _:
+            pass
+    return f"{question.text} {', '.join(parts)}, so the answer is \\boxed{{{answer}}}."

@@ -1,14 +1,15 @@
-"""The tokenizer of the built-in pair: byte-level BPE, one digit a token, a ChatML template."""
+"""The tokenizer of the built-in pair: a word or a digit a token, bytes for what it has not seen."""
 
 from collections.abc import Iterable
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 # A space belongs to the word or to the first digit of the number behind it; other digits stand
 # alone; punctuation takes the line breaks behind it, as in Qwen's tokenizer (".\n\n" is a token).
 _PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPACE = "Ġ"  # how byte-level vocabularies write a space
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -17,25 +18,27 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of ``vocab_size`` ids learned from ``texts``."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+def build_tokenizer(texts: Iterable[str], words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the pieces of ``texts``, and ``words`` with and without space.
+
+    Nothing is merged: a piece outside the vocabulary falls apart into bytes.
+    """
+    splitter = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_PIECES), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    pieces = {piece for text in texts for piece, _ in splitter.pre_tokenize_str(text)}
+    pieces |= {prefix + word for word in words for prefix in ("", SPACE)}
+    pieces |= {prefix + digit for digit in "0123456789" for prefix in ("", SPACE)}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    entries = [PAD, START, END, *alphabet, *sorted(pieces - set(alphabet))]
+    vocabulary = {entry: index for index, entry in enumerate(entries)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[PAD, START, END],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    tokenizer.add_special_tokens([PAD, START, END])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
@@ -45,3 +48,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
     )
+
+
+def prompt_text(problem: str) -> str:
+    """The problem in the chat template, ready for the assistant's turn."""
+    return f"{START}user\n{problem}{END}\n{START}assistant\n"

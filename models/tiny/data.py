@@ -1,0 +1,114 @@
+"""Problems as token ids: prompts, labelled rows, and batches of like length."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from specguard.models.tiny import language, problems
+from specguard.models.tiny.lexicon import Lexicon, build_lexicon
+from specguard.models.tiny.tokenizer import END, PAD, build_tokenizer, prompt_text
+
+_TEXTS = 3000  # problems that show every piece of text there is
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Token ids of a text, and for each whether it is learned."""
+
+    ids: list[int]
+    learned: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Coder:
+    """Texts to ids, and the lexicon of the ids."""
+
+    tokenizer: PreTrainedTokenizerFast
+    lexicon: Lexicon
+    end: int
+    pad: int
+
+    def prompt(self, problem: problems.Problem) -> list[int]:
+        """Ids up to where the solution begins."""
+        return self._ids(prompt_text(problem.text))
+
+    def row(self, problem: problems.Problem) -> Row:
+        """Ids of prompt, solution and end; all but the prompt is learned."""
+        prompt, solution = self.prompt(problem), [*self._ids(problem.solution), self.end]
+        return Row([*prompt, *solution], [False] * len(prompt) + [True] * len(solution))
+
+    def pieces(self, pieces: list[tuple[str, bool]]) -> Row:
+        """Ids of pieces of text, those of the second kind to be learned."""
+        ids: list[int] = []
+        learned: list[bool] = []
+        for text, is_learned in pieces:
+            found = self._ids(text)
+            ids += found
+            learned += [is_learned] * len(found)
+        return Row(ids, learned)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def make_coder() -> Coder:
+    """The pair's tokenizer and lexicon; always the same."""
+    texts = []
+    for index in range(_TEXTS):
+        problem = problems.generate(problems.TRAINING, index)
+        texts += ["system\nuser\nassistant\n", problem.text, problem.solution]
+    names, things = language.all_names(), language.all_things()
+    tokenizer = build_tokenizer(texts, (*names, *things))
+    return coder_of(tokenizer)
+
+
+def coder_of(tokenizer: PreTrainedTokenizerFast) -> Coder:
+    """A coder around a tokenizer that ``make_coder`` made before."""
+    names, things = language.all_names(), language.all_things()
+    seen = language.language(problems.TRAINING)
+    unseen = {*names, *things} - {*seen.names, *seen.things}
+    vocabulary = tokenizer.get_vocab()
+    lexicon = build_lexicon(vocabulary, set(names), set(things), unseen)
+    return Coder(tokenizer, lexicon, vocabulary[END], vocabulary[PAD])
+
+
+def batches(
+    coder: Coder,
+    source: Callable[[int], Row],
+    first_problem: int,
+    tokens: int,
+    pool: int = 512,
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Endless (``token_ids`` [B, T], ``labels`` [B, T] with -100 where nothing is learned, next).
+
+    Each pool of problems is sorted by length and cut into batches of about ``tokens`` tokens; the
+    third value is the first problem of the next pool.
+    """
+    while True:
+        rows = [source(first_problem + i) for i in range(pool)]
+        rows.sort(key=lambda row: len(row.ids))
+        groups: list[list[Row]] = [[]]
+        for row in rows:
+            if (len(groups[-1]) + 1) * len(row.ids) > tokens:
+                groups.append([])
+            groups[-1].append(row)
+        order = np.random.default_rng(first_problem).permutation(len(groups))
+        first_problem += pool
+        for index in order.tolist():
+            yield (*pad(groups[index], coder.pad), first_problem)
+
+
+def pad(rows: list[Row], filler: int) -> tuple[Tensor, Tensor]:
+    """``token_ids`` [B, T] and ``labels`` [B, T], -100 where nothing is learned."""
+    shape = len(rows), max(len(row.ids) for row in rows)
+    token_ids, labels = np.full(shape, filler), np.full(shape, -100)
+    for i, row in enumerate(rows):
+        length = len(row.ids)
+        token_ids[i, :length] = row.ids
+        labels[i, :length] = np.where(row.learned, row.ids, -100)
+    return torch.from_numpy(token_ids), torch.from_numpy(labels)

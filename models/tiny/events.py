@@ -1,0 +1,146 @@
+"""The kinds of events: which fit the state of a problem, and what they do to the counts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+
+from specguard.models.tiny import language as words
+from specguard.models.tiny.arithmetic import Update
+
+MONEY = "dollars"
+_ANY_THINGS = ("half", "double", "times", "share", "rest", "give")
+_COUNTED = ("gain", "lose", "bags", "rate", *_ANY_THINGS)
+_PAID = ("earn", "pay", "price", "sale", "half", "double", "give", "share")
+_COMPARISONS = ("more", "fewer", "times_as", "half_as")
+
+
+@dataclass(slots=True)
+class World:
+    """The state while a problem is being made: ``counts`` by actor, what sentences began with."""
+
+    rng: np.random.Generator
+    stream: int
+    actors: tuple[str, ...]
+    bystander: str
+    things: str
+    scale: int
+    counts: dict[str, int] = field(default_factory=dict)
+    openings: set[str] = field(default_factory=set)
+
+    @classmethod
+    def begin(
+        cls, rng: np.random.Generator, stream: int, num_actors: int, large_share: float
+    ) -> Self:
+        """Draw the words and the size of the numbers."""
+        language = words.language(stream)
+        chosen = rng.choice(len(language.names), num_actors + 1, replace=False)
+        names = [language.names[i] for i in chosen]
+        is_money = rng.random() < 0.2
+        things = MONEY if is_money else language.things[int(rng.integers(len(language.things)))]
+        is_large = rng.random() < large_share
+        scale = 30
+        if is_large:
+            scale = 1500 if rng.random() < 0.2 else 150
+        return cls(rng, stream, tuple(names[1:]), names[0], things, scale)
+
+    def pick(self, options: Sequence[str]) -> str:
+        """One of the options."""
+        return options[int(self.rng.integers(len(options)))]
+
+    def amount(self, low: int, high: int) -> int:
+        """A number from ``low`` to ``high``, both included."""
+        return int(self.rng.integers(low, high + 1))
+
+    def introduce(self) -> tuple[str, ...]:
+        """Give the first actor and most others a count; the rest wait for a comparison."""
+        for index, actor in enumerate(self.actors):
+            if index == 0 or self.rng.random() < 0.65:
+                self.counts[actor] = self.amount(self.scale // 8, self.scale * 2)
+        return tuple(self.counts)
+
+    def open_with(self, text: str) -> bool:
+        """Whether no sentence began like ``text`` yet; remembers that one does now.
+
+        A sentence is known by its first word or, where that is a name, by its first two.
+        """
+        first, second = text.split()[:2]
+        is_name = first in (*self.actors, self.bystander)
+        opening = f"{first} {second}" if is_name else first
+        if opening in self.openings:
+            return False
+        self.openings.add(opening)
+        return True
+
+
+def propose(world: World) -> tuple[str, str, str, tuple[Update, ...]] | None:
+    """A random event that fits: its kind, its template, its sentence and its updates."""
+    waiting = [actor for actor in world.actors if actor not in world.counts]
+    known = tuple(world.counts)
+    source = world.pick(known)
+    if waiting and world.rng.random() < 0.5:
+        kind, other = world.pick(_COMPARISONS), waiting[0]
+    else:
+        kind = world.pick(_PAID if world.things == MONEY else _COUNTED)
+        others = [actor for actor in known if actor != source]
+        other = world.pick(others) if others else ""
+    if kind == "give" and not other:
+        return None
+    n, m, updates = _effect(world, kind, source, other)
+    counts = dict(world.counts)
+    for update in updates:
+        if not update.fits(counts[update.source]):
+            return None
+        counts[update.owner] = update.apply(counts[update.source])
+    language = words.language(world.stream)
+    template = world.pick(language.phrasings[kind])
+    goods = world.pick(language.goods)
+    text = template.format(a=source, b=other, n=n, m=m, t=world.things, g=goods)
+    return kind, template, text, updates
+
+
+def _effect(
+    world: World, kind: str, source: str, other: str
+) -> tuple[int, int, tuple[Update, ...]]:
+    """The numbers of the sentence and the updates; they may not fit the counts yet."""
+    count = world.counts[source]
+    n, m = world.amount(2, 9), world.amount(2, 9)
+    match kind:
+        case "gain" | "earn":
+            n = world.amount(2, world.scale)
+            return n, m, (Update(source, source, "+", (n,)),)
+        case "lose" | "pay":
+            n = world.amount(2, max(2, min(world.scale, count - 1)))
+            return n, m, (Update(source, source, "-", (n,)),)
+        case "half":
+            return n, m, (Update(source, source, "/", (2,)),)
+        case "double":
+            return n, m, (Update(source, source, "*", (2,)),)
+        case "times":
+            n = world.amount(3, 5)
+            return n, m, (Update(source, source, "*", (n,)),)
+        case "give":
+            n = world.amount(2, max(2, min(world.scale, count - 1)))
+            updates = Update(source, source, "-", (n,)), Update(other, other, "+", (n,))
+            return n, m, updates
+        case "bags" | "rate" | "sale":
+            return n, m, (Update(source, source, "+", (n, m)),)
+        case "price":
+            return n, m, (Update(source, source, "-", (n, m)),)
+        case "share":
+            n = world.amount(3, 9)
+            return n, m, (Update(source, source, "/", (n,)),)
+        case "rest":
+            n = world.amount(3, 9)
+            return n, m, (Update(source, source, "%", (n,)),)
+        case "more" | "fewer":
+            n = world.amount(2, world.scale if kind == "more" else max(2, min(world.scale, count)))
+            return n, m, (Update(other, source, "+" if kind == "more" else "-", (n,)),)
+        case "times_as":
+            n = world.amount(2, 5)
+            return n, m, (Update(other, source, "*", (n,)),)
+        case "half_as":
+            return n, m, (Update(other, source, "/", (2,)),)
+        case _:
+            raise ValueError(kind)

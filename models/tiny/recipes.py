@@ -1,0 +1,66 @@
+"""Shape and training of the two models of the pair."""
+
+from dataclasses import dataclass
+
+from specguard.models.tiny.network import Shape
+from specguard.models.tiny.problems import Difficulty
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """So many tokens of problems of one difficulty, and of exercises in calculation."""
+
+    name: str
+    tokens: int
+    difficulty: Difficulty
+    drill_share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How one model is trained; ``check_every`` is in tokens."""
+
+    shape: Shape
+    phases: tuple[Phase, ...]
+    peak_rate: float = 3e-3
+    warmup_steps: int = 60
+    decay_from: float = 0.5
+    batch_tokens: int = 8192
+    check_every: int = 1_000_000
+    seed: int = 0
+    bf16: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Length of the whole training."""
+        return sum(phase.tokens for phase in self.phases)
+
+    def rate(self, tokens: int, steps: int) -> float:
+        """Learning rate: warm-up, constant, then linear to nearly zero."""
+        warm = min(1.0, (steps + 1) / self.warmup_steps)
+        left = 1 - tokens / self.tokens
+        return self.peak_rate * warm * max(0.01, min(1.0, left / (1 - self.decay_from)))
+
+
+_SHORT = Difficulty(max_actors=1, max_events=3, max_distractors=1, large_share=0.1)
+_MIDDLE = Difficulty(max_actors=2, max_events=4, max_distractors=1, large_share=0.3)
+
+RECIPES = {
+    "target": Recipe(
+        Shape(192, 4, 4, 512),
+        (
+            Phase("short", 1_000_000, _SHORT, 0.4),
+            Phase("middle", 2_000_000, _MIDDLE, 0.4),
+            Phase("all, with drills", 5_000_000, Difficulty(), 0.3),
+            Phase("all", 10_000_000, Difficulty()),
+        ),
+    ),
+    "draft": Recipe(
+        Shape(96, 3, 2, 256),
+        (
+            Phase("short", 1_000_000, _SHORT, 0.4),
+            Phase("middle", 1_000_000, _MIDDLE, 0.4),
+            Phase("all", 6_000_000, Difficulty()),
+        ),
+    ),
+}
