@@ -113,7 +113,7 @@ def method_options(command: F) -> F:
             click.option(
                 "--selector",
                 metavar="SELECTOR",
-                help="Of the candidates the most consistent one, by draft, ngram or "
+                help="Of the candidates the most consistent one, by draft, ngram, numbers or "
                 "sentence-transformers:NAME; or target: the one that it scores highest.",
             ),
             click.option(

@@ -28,7 +28,7 @@ CONSERVATIVE_BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
 SIGNALS = (*CONSERVATIVE_BOUNDS, "grounding", "grounding_mean")
 # Selectors that take the medoid of embeddings by one of these; a third kind loads a model of that
 # package. "target" takes the candidate that the verifier scores highest.
-EMBEDDERS = ("draft", "ngram")
+EMBEDDERS = ("draft", "ngram", "numbers")
 TARGET_SELECTOR = "target"
 SENTENCE_TRANSFORMERS = "sentence-transformers:"
 ATTENTION_SIGNALS = frozenset({"grounding", "grounding_mean", "sink_mass"})

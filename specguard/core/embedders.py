@@ -1,4 +1,7 @@
-"""Embedders of candidate steps, by name: ``draft``, ``ngram``, ``sentence-transformers:NAME``."""
+"""Embedders of candidate steps, by name.
+
+``draft``, ``ngram``, ``numbers`` and ``sentence-transformers:NAME``.
+"""
 
 import re
 from collections.abc import Sequence
@@ -15,6 +18,7 @@ from specguard.core.model import Candidate, FloatArray
 from specguard.core.selector import Embedder
 
 _WORD = re.compile(r"\d+(?:\.\d+)?|\w+|[^\w\s]")
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _NGRAM_WIDTH = 1024
 
 
@@ -28,6 +32,8 @@ def load_embedder(name: str) -> Embedder:
         return embed_by_draft
     if name == "ngram":
         return embed_by_ngrams
+    if name == "numbers":
+        return embed_by_numbers
     return _load_sentence_transformer(name.removeprefix(SENTENCE_TRANSFORMERS))
 
 
@@ -38,11 +44,30 @@ def embed_by_draft(candidates: Sequence[Candidate]) -> FloatArray:
 
 def embed_by_ngrams(candidates: Sequence[Candidate]) -> FloatArray:
     """Hashed counts of words, numbers and their pairs [k, 1024]: no model at all."""
-    rows = np.zeros((len(candidates), _NGRAM_WIDTH))
-    for row, candidate in zip(rows, candidates, strict=True):
-        words = _WORD.findall(candidate.text.lower())
-        for gram in (*words, *map(" ".join, pairwise(words))):
-            digest = int.from_bytes(blake2b(gram.encode(), digest_size=4).digest(), "little")
+    words = [_WORD.findall(candidate.text.lower()) for candidate in candidates]
+    return _hashed([[*found, *map(" ".join, pairwise(found))] for found in words])
+
+
+def embed_by_numbers(candidates: Sequence[Candidate]) -> FloatArray:
+    """Hashed counts of a step's numbers [k, 1024], the last one, often the result, as all together.
+
+    A step without numbers stands for its text. Two steps are similar where they calculate the
+    same: the wording, which a sentence embedding mostly sees, does not count.
+    """
+    features = []
+    for candidate in candidates:
+        numbers = _NUMBER.findall(candidate.text)
+        result = [f"result {numbers[-1]}"] * len(numbers) if numbers else [candidate.text.strip()]
+        features.append([*numbers, *result])
+    return _hashed(features)
+
+
+def _hashed(features: Sequence[Sequence[str]]) -> FloatArray:
+    """Signed counts of each row's features in 1,024 places."""
+    rows = np.zeros((len(features), _NGRAM_WIDTH))
+    for row, found in zip(rows, features, strict=True):
+        for feature in found:
+            digest = int.from_bytes(blake2b(feature.encode(), digest_size=4).digest(), "little")
             row[digest % _NGRAM_WIDTH] += 1 if digest >> 31 else -1
     return rows
 

@@ -1,0 +1,81 @@
+"""How well each signal tells right draft steps from wrong ones."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specguard.models.tiny.evidence.statistics import Array, auc, interval
+
+NUM_SAMPLES = 8  # of each step: the default number of candidates of the built-in pair
+_LOWER_IS_BETTER = ("entropy", "sink_mass")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Sampled steps in columns: ``values`` [N] by signal, what is wrong with each, its problem."""
+
+    values: dict[str, Array]
+    errors: list[str | None]
+    clusters: list[int]
+
+    @property
+    def is_right(self) -> NDArray[np.bool_]:
+        """Of each step, [N]."""
+        return np.array([error is None for error in self.errors])
+
+    def only(self, kind: str) -> "Sample":
+        """The right steps and those with one kind of error."""
+        rows = [row for row, error in enumerate(self.errors) if error in (None, kind)]
+        return Sample(
+            {name: column[rows] for name, column in self.values.items()},
+            [self.errors[row] for row in rows],
+            [self.clusters[row] for row in rows],
+        )
+
+
+def sample(rows: Iterable[dict[str, Any]], embedder: str) -> Sample:
+    """The first samples of every row, duplicates included, as the draft draws them.
+
+    ``consistency`` is by ``embedder``; a signal that means trouble is negated.
+    """
+    columns: dict[str, list[float]] = {}
+    errors, clusters = [], []
+    for row in rows:
+        for place, index in enumerate(row["samples"][:NUM_SAMPLES]):
+            candidate = row["candidates"][index]
+            errors.append(candidate["error"])
+            clusters.append(row["problem"])
+            consistency = row["similarities"][embedder][str(NUM_SAMPLES)][place]
+            for name, value in {**candidate["signals"], "consistency": consistency}.items():
+                is_trouble = name.split()[-1 if " " not in name else 1].startswith(_LOWER_IS_BETTER)
+                columns.setdefault(name, []).append(-value if is_trouble else value)
+    return Sample({name: np.array(column) for name, column in columns.items()}, errors, clusters)
+
+
+def ensemble(found: Sample, role: str, setting: str, beta: float) -> Array:
+    """The paper's ensemble with both signals min-max normalised on the 5% and 95% quantiles."""
+    total = np.zeros(len(found.errors))
+    for name, weight in (
+        (f"{role} log_prob", beta),
+        (f"{role} grounding {setting}", 1 - beta),
+    ):
+        low, high = np.quantile(found.values[name], [0.05, 0.95])
+        scale = max(high - low, 1e-9)
+        total += weight * np.clip((found.values[name] - low) / scale, 0, 1)
+    return total
+
+
+def table(found: Sample, names: Sequence[str]) -> list[tuple[str, float, float, float]]:
+    """AUC of signals and its 95% interval."""
+    is_right, rows = found.is_right, []
+    for name in names:
+        column = found.values[name]
+
+        def estimate(drawn: NDArray[np.integer], column: Array = column) -> float:
+            return auc(column[drawn], is_right[drawn])
+
+        rows.append((name, auc(column, is_right), *interval(estimate, found.clusters)))
+    return rows
