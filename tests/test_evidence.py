@@ -1,0 +1,128 @@
+"""The measurements on the built-in pair: journals, estimates, and a run from end to end."""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specguard.core import SpecguardError
+from specguard.models.tiny.evidence.__main__ import main
+from specguard.models.tiny.evidence.journal import Journal, read_rows
+from specguard.models.tiny.evidence.selection import table
+from specguard.models.tiny.evidence.statistics import auc, interval, mcnemar
+
+
+def test_a_journal_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "rows.jsonl"
+    journal = Journal(path, {"stream": 1})
+    journal.append({"problem": 0})
+    with path.open("a") as file:
+        file.write('{"problem": 1, "text": "half a li')
+    journal = Journal(path, {"stream": 1})
+    assert journal.rows == [{"problem": 0}]
+    journal.append({"problem": 1})
+    assert read_rows(path) == [{"problem": 0}, {"problem": 1}]
+
+
+def test_a_journal_of_another_run_is_refused(tmp_path: Path) -> None:
+    Journal(tmp_path / "rows.jsonl", {"stream": 1})
+    with pytest.raises(SpecguardError, match="other settings"):
+        Journal(tmp_path / "rows.jsonl", {"stream": 2})
+    (tmp_path / "torn.jsonl").write_text('{"stream": 1}\n{"a": \n')
+    with pytest.raises(SpecguardError, match="line 2"):
+        Journal(tmp_path / "torn.jsonl", {"stream": 1})
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=30),
+)
+def test_auc_counts_pairs(steps: list[tuple[int, bool]]) -> None:
+    right = [value for value, is_right in steps if is_right]
+    wrong = [value for value, is_right in steps if not is_right]
+    found = auc(np.array([float(value) for value, _ in steps]), np.array([r for _, r in steps]))
+    if not right or not wrong:
+        assert np.isnan(found)
+        return
+    wins = sum((a > b) + (a == b) / 2 for a, b in product(right, wrong))
+    assert found == pytest.approx(wins / len(right) / len(wrong))
+
+
+def test_an_interval_is_over_clusters() -> None:
+    """Ten copies of an observation say no more than one."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=40)
+    once = interval(lambda rows: float(values[rows].mean()), range(40))
+    copied, clusters = np.repeat(values, 10), np.repeat(np.arange(40), 10)
+    tenfold = interval(lambda rows: float(copied[rows].mean()), clusters.tolist())
+    assert tenfold == pytest.approx(once, rel=1e-9)
+    apart = interval(lambda rows: float(copied[rows].mean()), range(400))
+    assert apart[1] - apart[0] < 0.5 * (once[1] - once[0])
+
+
+def test_mcnemar_looks_at_differing_problems_alone() -> None:
+    assert mcnemar([True] * 9, [True] * 9) == 1.0
+    assert mcnemar([True] * 6 + [False] * 90, [False] * 96) == pytest.approx(2 / 2**6)
+
+
+def row(errors: list[str | None], **signals: list[float]) -> dict[str, Any]:
+    names = {"draft log_prob": 0.0, "draft log_prob_mean": 0.0}
+    names |= {"target log_prob": 0.0, "target log_prob_mean": 0.0}
+    candidates = [
+        {"error": error, "signals": {**names, **{n: v[i] for n, v in signals.items()}}}
+        for i, error in enumerate(errors)
+    ]
+    similarities = {"draft": {"4": [0.1, 0.9, 0.9, 0.2]}}
+    return {
+        "problem": 0,
+        "samples": [0, 1, 2, 2],
+        "candidates": candidates,
+        "similarities": similarities,
+    }
+
+
+def test_selectors_take_what_they_say() -> None:
+    target = {"target log_prob": [-0.1, -3.0, -2.0], "draft log_prob": [-5.0, -1.0, -2.0]}
+    shares = {name: share for name, _, share, _, _ in table([row([None, "x", "y"], **target)], [4])}
+    assert shares["a random candidate"] == 0.25
+    assert shares["best possible"] == 1.0
+    assert shares["medoid, draft"] == 0.0
+    assert shares["the target: highest log-prob (min)"] == 1.0
+    assert shares["highest draft log-prob (min)"] == 0.0
+
+
+def invoke(*arguments: object) -> str:
+    result = CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_steps_are_collected_and_tabulated(tmp_path: Path) -> None:
+    file = tmp_path / "steps.jsonl"
+    invoke("collect", "--count", 1, "--output", file, "--embedder", "numbers")
+    before = file.read_bytes()
+    invoke("collect", "--count", 1, "--output", file, "--embedder", "numbers")
+    assert file.read_bytes() == before
+    first = json.loads(before.splitlines()[1])
+    assert len(first["samples"]) == 16
+    assert max(first["samples"]) == len(first["candidates"]) - 1
+    assert [len(s) for s in first["similarities"]["numbers"].values()] == [4, 8, 16]
+    output = invoke("signals", file, "--embedder", "numbers", "--match", "log_prob")
+    assert "| target log_prob |" in output
+    assert "medoid, numbers" in invoke("selectors", file)
+
+
+def test_methods_are_compared_problem_by_problem(tmp_path: Path) -> None:
+    file = tmp_path / "methods.jsonl"
+    options = ("--count", 2, "--output", file, "--method", "target, greedy")
+    one = invoke("methods", *options)
+    assert "| target, greedy | 2 |" in one
+    before = file.read_bytes()
+    both = invoke("methods", *options, "--method", "draft, greedy")
+    assert file.read_bytes().startswith(before)
+    assert "| draft, greedy | 2 |" in both
