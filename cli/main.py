@@ -10,6 +10,7 @@ from specguard import SpecguardError, UsageError, __version__
 from specguard.cli.backends import backends
 from specguard.cli.models import models
 from specguard.cli.solve import solve
+from specguard.cli.trace import trace
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -48,3 +49,4 @@ def main() -> None:
 main.add_command(solve)
 main.add_command(models)
 main.add_command(backends)
+main.add_command(trace)

@@ -32,6 +32,7 @@ SPECULATION_ONLY = {
 UNCHANGED = (
     "method",
     "num_candidates",
+    "num_speculated",
     "selector",
     "max_tokens",
     "max_step_tokens",
@@ -85,10 +86,11 @@ def method_options(command: F) -> F:
         (
             click.option(
                 "--method",
-                type=click.Choice(["specguard", "target", "draft"]),
+                type=click.Choice(["specguard", "target", "draft", "sd"]),
                 default="specguard",
                 show_default=True,
-                help="Step-level speculation, or plain decoding by one model.",
+                help="Step-level speculation, plain decoding by one model, or token-level "
+                "speculation (sd).",
             ),
             click.option("--k", "num_candidates", type=int, help="Candidate steps per step."),
             click.option(
@@ -118,6 +120,13 @@ def method_options(command: F) -> F:
             ),
             click.option(
                 "--rewrite-temperature", type=float, help="Of the target's rewrites [0: greedy]."
+            ),
+            click.option(
+                "--speculate",
+                "num_speculated",
+                type=int,
+                help="Tokens that the draft guesses ahead: in --method sd [4], and where the "
+                "target rewrites a step [off].",
             ),
             click.option("--max-tokens", type=int, help="Most tokens of a solution."),
             click.option("--max-step-tokens", type=int, help="Most tokens of a step."),
@@ -162,6 +171,10 @@ def settings_from(options: Mapping[str, Any], base: SolveConfig) -> dict[str, An
                     "leave it out, or use --method specguard",
                 )
     changes = {name: given[name] for name in UNCHANGED if name in given}
+    if "num_speculated" in given:
+        if given["method"] in ("target", "draft"):
+            raise UsageError(f"--speculate has no meaning with --method {given['method']}")
+        changes["rewrite"] = "speculate"
     if "temperature" in given or "top_p" in given:
         usual = replace(base, method=given["method"]).step_sampling
         changes["sampling"] = Sampling(

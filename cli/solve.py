@@ -10,6 +10,7 @@ import click
 from specguard import Engine, Solution, UsageError, load
 from specguard.cli.options import check_unicode, method_options, model_options, settings_from
 from specguard.cli.output import Reporter, console
+from specguard.cli.trace import write_trace
 from specguard.core.records import step_to_dict
 from specguard.loading import choose, configure
 
@@ -27,6 +28,11 @@ from specguard.loading import choose, configure
 )
 @click.option("--quiet", is_flag=True, help="Print the answer only.")
 @click.option("--detail", is_flag=True, help="Keep candidates and token arrays in the JSON.")
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    help="Write a page that shows the candidates, scores and tokens of every step.",
+)
 def solve(
     problem: str | None,
     file: Path | None,
@@ -40,6 +46,7 @@ def solve(
     as_jsonl: bool,
     quiet: bool,
     detail: bool,
+    trace: Path | None,
     **options: Any,
 ) -> None:
     """Solve PROBLEM, given as an argument, on standard input (-) or in a --file."""
@@ -47,6 +54,8 @@ def solve(
         raise UsageError("--json, --jsonl and --quiet exclude one another")
     if detail and not (as_json or as_jsonl):
         raise UsageError("--detail has no meaning without --json or --jsonl")
+    if trace is not None and as_jsonl:
+        raise UsageError("--trace and --jsonl exclude one another")
     text = read_problem(problem, file)
     choice = choose(pair, backend, draft, target)
     settings = settings_from(options, configure(choice.pair))
@@ -60,7 +69,7 @@ def solve(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             progress=progress,
-            detail=detail,
+            detail=detail or trace is not None,
             **settings,
         )
     if as_jsonl:
@@ -72,6 +81,8 @@ def solve(
             reporter.step(step)
     solution = steps.solution
     assert solution is not None
+    if trace is not None:
+        write_trace(solution, trace)
     if as_json:
         click.echo(solution.to_json(indent=2))
     elif quiet:

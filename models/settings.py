@@ -1,7 +1,6 @@
 """The user's settings: one TOML file in the platform's configuration folder."""
 
 import os
-import tempfile
 import tomllib
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import platformdirs
 import tomli_w
 
 from specguard.core.errors import SpecguardError
+from specguard.files import write_atomically
 
 FOLDER_VARIABLE = "SPECGUARD_CONFIG_DIR"
 
@@ -45,11 +45,7 @@ def choose_pair(name: str) -> Path:
     """
     path = settings_path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            tomli_w.dump({"pair": name}, file)
-        Path(partial).replace(path)
+        write_atomically(path, tomli_w.dumps({"pair": name}).encode())
     except OSError as error:
         raise SpecguardError(f"the settings {path} cannot be written: {error}") from error
     return path

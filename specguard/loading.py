@@ -51,12 +51,12 @@ def load(
     """
     choice = choose(pair, backend, draft, target)
     config = configure(choice.pair, **settings)
-    if config.method == "specguard" and (choice.draft is None or choice.target is None):
+    if len(config.authors) > 1 and (choice.draft is None or choice.target is None):
         raise UsageError("a draft and a target go together", "give both, or name a pair")
     _, implementation, device = choose_backend(backend)
     models: list[LanguageModel[Any] | None] = []
     for role, source in ("draft", choice.draft), ("target", choice.target):
-        if source is None or config.method not in ("specguard", role):
+        if source is None or role not in config.authors:
             models.append(None)
             continue
         if progress is not None:

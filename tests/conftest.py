@@ -10,7 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 PROBLEM = "Mia has 24 shells. Mia sells half of the shells. How many shells does Mia have?"
-TINY = Path(__file__).parent.parent / "models" / "tiny"
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "models" / "tiny"
 SHAPE = {
     "hidden_size": 64,
     "num_hidden_layers": 4,
@@ -70,3 +71,15 @@ def draft_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(
         tmp_path_factory.mktemp("draft"), num_hidden_layers=2, vocab_size=1088, seed=1
     )
+
+
+def benchmark_file(name: str) -> Path:
+    """A benchmark's test file, from $SPECGUARD_DATA or the folder shared/data beside the checkout.
+
+    Skips where there is none: the files are not part of the project.
+    """
+    folder = Path(os.environ.get("SPECGUARD_DATA") or ROOT.parent / "shared" / "data")
+    file = folder / name / "test.jsonl"
+    if not file.is_file():
+        pytest.skip(f"{file} is not there: set SPECGUARD_DATA to the folder with the test sets")
+    return file

@@ -92,6 +92,18 @@ def test_plain_methods(method: str) -> None:
     assert invoke("solve", SHELLS, "--method", method).exit_code == 0
 
 
+def test_tokens_are_guessed_where_asked() -> None:
+    alone = json.loads(invoke("solve", SHELLS, "--method", "target", "--json").stdout)
+    for options in ["--method", "sd"], ["--threshold", "1", "--speculate", "3"]:
+        data = json.loads(invoke("solve", SHELLS, *options, "--json").stdout)
+        assert data["text"] == alone["text"]
+        assert data["stats"]["num_kept_tokens"] > 0
+    shown = invoke("solve", SHELLS, "--method", "sd", "--speculate", "6").stderr
+    assert "guessed tokens" in shown
+    refused = invoke("solve", SHELLS, "--method", "target", "--speculate", "3")
+    assert refused.exit_code == 2
+
+
 def test_options_reach_the_engine() -> None:
     options = [
         "--k",

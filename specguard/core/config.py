@@ -8,7 +8,8 @@ from typing import Any, Literal
 from specguard.core.errors import UsageError
 from specguard.core.model import GREEDY, Sampling
 
-Method = Literal["specguard", "target", "draft"]
+Method = Literal["specguard", "target", "draft", "sd"]
+Rewrite = Literal["decode", "speculate"]
 Author = Literal["draft", "target"]
 Sources = Literal["problem", "context"]
 
@@ -132,7 +133,9 @@ class VerifierConfig:
 class SolveConfig:
     """Everything that decides a solution, besides the models and the problem.
 
-    ``method`` "target" or "draft" is plain decoding by that model. ``sampling`` is how steps are
+    ``method`` "target" or "draft" is plain decoding by that model, "sd" token-level speculative
+    sampling of the target in blocks of ``num_speculated`` tokens; ``rewrite`` "speculate" writes a
+    rejected step that way. ``sampling`` is how steps are
     proposed (plain decoding: written); None means temperature 0.7 and top-p 0.8 for candidates and
     greedy for plain decoding. ``selector`` names an embedder, whose medoid is kept, or is "target":
     it reads all candidates in one pass and the best ensemble score is kept. ``detail`` keeps every
@@ -147,6 +150,8 @@ class SolveConfig:
     num_candidates: int = 16
     sampling: Sampling | None = None
     rewrite_sampling: Sampling = GREEDY
+    rewrite: Rewrite = "decode"
+    num_speculated: int = 4
     selector: str = "draft"
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     delimiter: str = "\n\n"
@@ -159,9 +164,17 @@ class SolveConfig:
     detail: bool = False
 
     def __post_init__(self) -> None:
-        if self.method not in ("specguard", "target", "draft"):
-            raise UsageError(f"method must be specguard, target or draft, not {self.method!r}")
-        for name in ("num_candidates", "max_step_tokens", "max_tokens", "max_steps"):
+        if self.method not in ("specguard", "target", "draft", "sd"):
+            raise UsageError(f"method must be specguard, target, draft or sd, not {self.method!r}")
+        if self.rewrite not in ("decode", "speculate"):
+            raise UsageError(f"rewrite must be decode or speculate, not {self.rewrite!r}")
+        for name in (
+            "num_candidates",
+            "num_speculated",
+            "max_step_tokens",
+            "max_tokens",
+            "max_steps",
+        ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**64:
@@ -182,6 +195,13 @@ class SolveConfig:
         ):
             known = ", ".join((TARGET_SELECTOR, *EMBEDDERS, f"{SENTENCE_TRANSFORMERS}NAME"))
             raise UsageError(f"no selector is called {self.selector!r}", f"selectors: {known}")
+
+    @property
+    def authors(self) -> tuple[Author, ...]:
+        """The models that the method needs."""
+        if self.method == "target" or self.method == "draft":
+            return (self.method,)
+        return "draft", "target"
 
     @property
     def step_sampling(self) -> Sampling:

@@ -10,21 +10,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from specguard.core.config import TARGET_SELECTOR, Author, SolveConfig
+from specguard.core.config import TARGET_SELECTOR, Author, Method, SolveConfig
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.grounding import source_mask
 from specguard.core.model import (
-    Boundary,
     Candidate,
     Capture,
     LanguageModel,
     Observation,
-    Sampling,
-    TokenSequence,
 )
-from specguard.core.randomness import Purpose, problem_key, uniforms
+from specguard.core.randomness import problem_key
 from specguard.core.records import (
     CandidateRecord,
     Decision,
@@ -36,8 +31,9 @@ from specguard.core.records import (
     summarise,
 )
 from specguard.core.selector import Embedder, Selection, best_verdict, distinct, select_medoid
-from specguard.core.text import PieceTable, final_answer, is_looping
+from specguard.core.text import final_answer, is_looping
 from specguard.core.verifier import Verdict, verify
+from specguard.core.writing import Writer, Written
 
 MAX_LOOP_PERIOD, NUM_LOOP_ROUNDS = 4, 3  # steps: the same four or fewer, three times over
 MAX_TOKEN_PERIOD, NUM_TOKEN_ROUNDS = 16, 8  # tokens within one step that hit its cap
@@ -63,7 +59,7 @@ def solve_steps(
     try:
         while run.finish_reason is None:
             if config.method != "specguard":
-                yield run.write_plainly(config.method)
+                yield run.write_alone(config.method)
                 continue
             candidates = run.propose()
             selection = run.select(candidates)
@@ -71,7 +67,7 @@ def solve_steps(
             verdict = run.verify(selected, selection)
             if verdict.is_accepted:
                 run.accept(selected)
-                yield run.record("accepted", selected, candidates, selection, verdict)
+                yield run.record("accepted", Written(selected), candidates, selection, verdict)
             else:
                 rewritten = run.rewrite()
                 yield run.record("rewritten", rewritten, candidates, selection, verdict)
@@ -81,11 +77,7 @@ def solve_steps(
 
 
 class _Run:
-    """One problem's state: a sequence per model, the steps so far, the clock.
-
-    A model's sequence is opened when it is first needed and catches up on tokens that the other
-    model wrote in one pass, so a verifying draft keeps the target out until a step is rejected.
-    """
+    """One problem's state: what is written, the steps so far, the clock."""
 
     def __init__(
         self,
@@ -104,27 +96,22 @@ class _Run:
         lead = self.models.get("target") or self.models["draft"]
         self.tokenizer = lead.tokenizer
         self.prompt = self.tokenizer.encode_prompt(problem, config.system_prompt, config.thinking)
-        self.context_limit = min(model.context_limit for model in self.models.values())
-        if len(self.prompt.token_ids) >= self.context_limit:
+        self.writer = Writer(self.models, self.prompt, problem_key(problem), config)
+        if len(self.prompt.token_ids) >= self.writer.context_limit:
             raise SpecguardError(
                 f"the problem takes {len(self.prompt.token_ids)} tokens and the context window "
-                f"holds {self.context_limit}",
+                f"holds {self.writer.context_limit}",
                 "shorten the problem or choose a pair with a longer context",
             )
-        self.sequences: dict[Author, TokenSequence] = {}
-        self.token_ids = list(self.prompt.token_ids)
-        self.key = problem_key(problem)
         self.steps: list[StepRecord] = []
         self.text = ""
         self.cut_ids: list[int] = []  # tokens since the last step that ended by itself
         self.cut_text = ""
-        self.num_verified_tokens = 0
         self.seconds: dict[Phase, float] = {}
         self.finish_reason: FinishReason | None = None
         self.capture: Capture | None = None
         self.observation: Observation | None = None
         self.verdicts: dict[int, Verdict] = {}  # of candidates that no sequence has taken in yet
-        self.pieces = PieceTable(self.tokenizer)
         self.started = time.perf_counter()
 
     # The phases of a step, in the order of the loop.
@@ -132,7 +119,9 @@ class _Run:
     def propose(self) -> list[Candidate]:
         """The draft's candidates for the next step."""
         with self._phase("propose"):
-            return self._propose("draft", self.config.num_candidates, self.config.step_sampling)
+            return self.writer.propose(
+                "draft", self.config.num_candidates, self.config.step_sampling
+            )
 
     def select(self, candidates: list[Candidate]) -> Selection:
         """The most consistent candidate, or the one that the target scores highest."""
@@ -145,7 +134,7 @@ class _Run:
             return selection
         with self._phase("verify"):
             self.capture = self._capture()
-            scored = self._score([candidates[index] for index in alternatives])
+            scored = self.writer.score([candidates[index] for index in alternatives], self.capture)
             observations = dict(zip(alternatives, scored, strict=True))
             for index, observation in observations.items():
                 self.verdicts[index] = verify(
@@ -163,7 +152,7 @@ class _Run:
         with self._phase("verify"):
             if config.needs_attention or (config.needs_model and config.model == "target"):
                 self.capture = self._capture()
-                self.observation = self._extend(config.model, selected.token_ids, self.capture)
+                self.observation = self.writer.read(config.model, selected.token_ids, self.capture)
             observation = self.observation or Observation(
                 selected.token_logprobs, selected.token_entropies
             )
@@ -174,55 +163,60 @@ class _Run:
         """Keep the draft's step: its KV is committed, unless verifying it already did so."""
         with self._phase("commit"):
             if self.observation is None or self.config.verifier.model != "draft":
-                self.models["draft"].commit([self.sequences["draft"]], [selected])
+                self.writer.commit("draft", selected)
             if self.verdicts:
                 assert self.observation is not None
-                kept = replace(selected, handle=self.observation.handle)
-                self.models["target"].commit([self.sequences["target"]], [kept])
-            self.token_ids.extend(selected.token_ids)
+                self.writer.commit("target", replace(selected, handle=self.observation.handle))
+            self.writer.append(selected.token_ids)
 
-    def rewrite(self) -> Candidate:
+    def rewrite(self) -> Written:
         """Take the rejected step back and have the target write it."""
         with self._phase("rewrite"):
             if self.observation is not None and not self.verdicts:
-                author = self.config.verifier.model
-                self.models[author].rewind(self.sequences[author], len(self.token_ids))
-            [rewritten] = self._propose("target", 1, self.config.rewrite_sampling)
-            self.models["target"].commit([self.sequences["target"]], [rewritten])
-            self.token_ids.extend(rewritten.token_ids)
-            return rewritten
+                self.writer.take_back(self.config.verifier.model)
+            if self.config.rewrite == "speculate":
+                return self.writer.speculate(self.config.rewrite_sampling)
+            [rewritten] = self.writer.propose("target", 1, self.config.rewrite_sampling)
+            self.writer.commit("target", rewritten)
+            self.writer.append(rewritten.token_ids)
+            return Written(rewritten)
 
-    def write_plainly(self, author: Author) -> StepRecord:
-        """The next step by one model alone."""
+    def write_alone(self, method: Method) -> StepRecord:
+        """The next step by one model, nothing judging it; "sd" lets the draft guess tokens."""
+        sampling = self.config.step_sampling
+        if method == "sd":
+            with self._phase("rewrite"):
+                return self.record("plain", self.writer.speculate(sampling), [])
+        author: Author = "target" if method == "target" else "draft"
         with self._phase("propose"):
-            [step] = self._propose(author, 1, self.config.step_sampling)
+            [step] = self.writer.propose(author, 1, sampling)
         with self._phase("commit"):
-            self.models[author].commit([self.sequences[author]], [step])
-            self.token_ids.extend(step.token_ids)
-        return self.record("plain", step, [step] if author == "draft" else [])
+            self.writer.commit(author, step)
+            self.writer.append(step.token_ids)
+        return self.record("plain", Written(step), [step] if author == "draft" else [])
 
     # Records.
 
     def record(
         self,
         decision: Decision,
-        written: Candidate,
+        written: Written,
         candidates: list[Candidate],
         selection: Selection | None = None,
         verdict: Verdict | None = None,
     ) -> StepRecord:
         """Close the step: its record, and whether the solution ends with it."""
-        selected = candidates[selection.index] if selection else written
+        selected = candidates[selection.index] if selection else written.step
         by_target = decision == "rewritten" or (
-            decision == "plain" and self.config.method == "target"
+            decision == "plain" and self.config.method != "draft"
         )
-        text = self._text_of(written)
+        text = self._text_of(written.step)
         step = StepRecord(
             index=len(self.steps),
             text=text,
             author="target" if by_target else "draft",
             decision=decision,
-            num_tokens=len(written.token_ids),
+            num_tokens=len(written.step.token_ids),
             num_drafted=sum(len(candidate.token_ids) for candidate in candidates),
             signals=dict(verdict.signals) if verdict else {},
             scores=dict(verdict.scores) if verdict else {},
@@ -232,11 +226,14 @@ class _Run:
             selected=selection.index if selection else None,
             candidates=self._candidate_records(candidates, selection),
             tokens=self._token_arrays(selected, verdict),
+            num_guessed=written.num_guessed,
+            num_kept=written.num_kept,
         )
         self.seconds = {}
         self.steps.append(step)
+        self.writer.step = len(self.steps)
         self.text += text
-        self.finish_reason = self._finish_reason(written)
+        self.finish_reason = self._finish_reason(written.step)
         return step
 
     def solution(self) -> Solution:
@@ -252,7 +249,7 @@ class _Run:
                 self.steps,
                 time.perf_counter() - self.started,
                 len(self.prompt.token_ids),
-                self.num_verified_tokens,
+                self.writer.num_verified_tokens,
             ),
             config=self.config,
             draft=self.models["draft"].name if "draft" in self.models else None,
@@ -262,8 +259,7 @@ class _Run:
 
     def close(self) -> None:
         """Close every sequence."""
-        for sequence in self.sequences.values():
-            sequence.close()
+        self.writer.close()
 
     # Parts.
 
@@ -273,64 +269,11 @@ class _Run:
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
-    def _propose(self, author: Author, num_candidates: int, sampling: Sampling) -> list[Candidate]:
-        sequence = self._caught_up(author)
-        boundary = Boundary(
-            self.config.delimiter,
-            self.tokenizer.eos_ids,
-            min(self.config.max_step_tokens, self._room()),
-        )
-        draws = uniforms(
-            self.config.seed,
-            self.key,
-            Purpose.DRAFT if author == "draft" else Purpose.TARGET,
-            len(self.steps),
-            num_candidates,
-            boundary.max_tokens,
-        )
-        [candidates] = self.models[author].propose(
-            [sequence], num_candidates, sampling, boundary, draws[np.newaxis]
-        )
-        return candidates
-
-    def _extend(
-        self, author: Author, token_ids: tuple[int, ...], capture: Capture | None = None
-    ) -> Observation:
-        sequence = self._caught_up(author)
-        [observation] = self.models[author].extend([sequence], [token_ids], [capture])
-        if author == "target":
-            self.num_verified_tokens += len(token_ids)
-        return observation
-
-    def _score(self, candidates: list[Candidate]) -> list[Observation]:
-        sequence = self._caught_up("target")
-        continuations = [candidate.token_ids for candidate in candidates]
-        [observations] = self.models["target"].score([sequence], [continuations], [self.capture])
-        self.num_verified_tokens += sum(map(len, continuations))
-        return observations
-
-    def _caught_up(self, author: Author) -> TokenSequence:
-        """The model's sequence with every token so far in it."""
-        if author not in self.sequences:
-            self.sequences[author] = self.models[author].start(self.prompt)
-        sequence = self.sequences[author]
-        unseen = self.token_ids[len(sequence.token_ids) :]
-        if unseen:
-            self.models[author].extend([sequence], [unseen])
-            if author == "target":
-                self.num_verified_tokens += len(unseen)
-        return sequence
-
-    def _room(self) -> int:
-        """Tokens that may still be written."""
-        written = len(self.token_ids) - len(self.prompt.token_ids)
-        return min(self.config.max_tokens - written, self.context_limit - len(self.token_ids))
-
     def _capture(self) -> Capture | None:
         verifier = self.config.verifier
         if self.models[verifier.model].capture_refusal is not None:
             return None
-        is_source = source_mask(self.prompt, len(self.token_ids), verifier.sources)
+        is_source = source_mask(self.prompt, len(self.writer.token_ids), verifier.sources)
         return Capture(is_source, verifier.num_layers, verifier.epsilon)
 
     def _text_of(self, written: Candidate) -> str:
@@ -367,13 +310,13 @@ class _Run:
         )
 
     def _token_arrays(self, selected: Candidate, verdict: Verdict | None) -> TokenArrays | None:
-        if not self.config.detail:
+        if not self.config.detail or (verdict is None and self.config.method == "sd"):
             return None
         seen = self.observation if verdict and self.observation else selected
         grounding = verdict.token_grounding if verdict else None
         return TokenArrays(
             token_ids=selected.token_ids,
-            pieces=tuple(map(self.pieces, selected.token_ids)),
+            pieces=tuple(map(self.writer.pieces, selected.token_ids)),
             logprobs=tuple(seen.token_logprobs.tolist()),
             entropies=tuple(seen.token_entropies.tolist()),
             grounding=None if grounding is None else tuple(grounding.tolist()),
@@ -390,7 +333,7 @@ class _Run:
             and is_looping(written.token_ids, MAX_TOKEN_PERIOD, NUM_TOKEN_ROUNDS)
         ):
             return "repetition"
-        if self._room() < 1 or len(self.steps) >= self.config.max_steps:
+        if self.writer.room < 1 or len(self.steps) >= self.config.max_steps:
             return "length"
         return None
 
@@ -404,12 +347,9 @@ def _models_in_use(
         UsageError: one of them is missing.
         SpecguardError: the verifier weighs attention that its model cannot hand over.
     """
-    wanted: tuple[Author, ...] = (
-        ("draft", "target") if config.method == "specguard" else (config.method,)
-    )
     given: dict[Author, LanguageModel[Any] | None] = {"draft": draft, "target": target}
     models: dict[Author, LanguageModel[Any]] = {}
-    for author in wanted:
+    for author in config.authors:
         model = given[author]
         if model is None:
             raise UsageError(f"method {config.method!r} needs a {author} model")

@@ -53,7 +53,8 @@ class StepRecord:
     ``text`` is the step as written, delimiter included; ``draft_text`` the selected candidate's
     where the target rewrote it. ``signals`` are raw values, ``scores`` the same normalised to
     [0, 1], ``ensemble`` among them; both are empty in plain decoding. ``seconds`` is wall time by
-    phase. ``num_drafted`` counts the draft's tokens over all candidates.
+    phase. ``num_drafted`` counts the draft's tokens over all candidates. In token-level speculation
+    the draft guessed ``num_guessed`` tokens, of which ``num_kept`` stand in the text.
     """
 
     index: int
@@ -70,6 +71,8 @@ class StepRecord:
     selected: int | None = None
     candidates: tuple[CandidateRecord, ...] | None = None
     tokens: TokenArrays | None = None
+    num_guessed: int = 0
+    num_kept: int = 0
 
     @property
     def is_accepted(self) -> bool:
@@ -81,8 +84,10 @@ class StepRecord:
 class Stats:
     """Counts and wall times of a solution.
 
-    Acceptance rates are None where nothing was verified. ``num_target_tokens`` were written by the
-    target one by one; ``num_verified_tokens`` it read in parallel passes (catching up included).
+    Acceptance rates, of steps and of the tokens in them, are None where nothing was verified.
+    ``num_target_tokens`` were written by the target one by one; ``num_verified_tokens`` it read in
+    parallel passes (catching up included). Token-level speculation kept ``num_kept_tokens`` of the
+    ``num_guessed_tokens`` that the draft guessed for it.
     """
 
     seconds: float
@@ -98,6 +103,8 @@ class Stats:
     token_acceptance_rate: float | None
     tokens_per_second: float
     phase_seconds: dict[Phase, float]
+    num_guessed_tokens: int = 0
+    num_kept_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +210,9 @@ def summarise(
         num_accepted_steps=len(accepted),
         num_accepted_tokens=num_accepted_tokens,
         num_drafted_tokens=sum(step.num_drafted for step in steps),
-        num_target_tokens=sum(step.num_tokens for step in steps if step.author == "target"),
+        num_target_tokens=sum(
+            step.num_tokens - step.num_kept for step in steps if step.author == "target"
+        ),
         num_verified_tokens=num_verified_tokens,
         step_acceptance_rate=len(accepted) / len(verified) if verified else None,
         token_acceptance_rate=(
@@ -211,6 +220,8 @@ def summarise(
         ),
         tokens_per_second=num_tokens / seconds if seconds > 0 else 0.0,
         phase_seconds=phase_seconds,
+        num_guessed_tokens=sum(step.num_guessed for step in steps),
+        num_kept_tokens=sum(step.num_kept for step in steps),
     )
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: data sets, grading, methods, reports."""

@@ -1,0 +1,192 @@
+"""One problem's tokens and the two models' sequences that hold them.
+
+Knows how a step comes about token by token; what becomes of a step is the loop's business.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from specguard.core.config import Author, SolveConfig
+from specguard.core.model import (
+    Boundary,
+    Candidate,
+    CandidateFinish,
+    Capture,
+    LanguageModel,
+    Observation,
+    Prompt,
+    Sampling,
+    TokenSequence,
+)
+from specguard.core.randomness import Purpose, uniforms
+from specguard.core.text import PieceTable, StepScanner
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A step as it stands; of ``num_guessed`` tokens that the draft guessed it keeps ``num_kept``.
+
+    Both are 0 but for token-level speculation.
+    """
+
+    step: Candidate
+    num_guessed: int = 0
+    num_kept: int = 0
+
+
+class Writer:
+    """The tokens so far, and a sequence per model that holds them or a beginning of them.
+
+    A sequence is opened when its model is first needed, and catches up in one pass on what the
+    other model wrote: a verifying draft keeps the target out until a step is rejected.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[Author, LanguageModel[Any]],
+        prompt: Prompt,
+        key: int,
+        config: SolveConfig,
+    ) -> None:
+        self.models = models
+        self.prompt = prompt
+        self.token_ids = list(prompt.token_ids)
+        self.num_verified_tokens = 0  # that the target read in parallel
+        self.step = 0  # its number is part of what its randomness is keyed by
+        self._key = key
+        self._config = config
+        self._sequences: dict[Author, TokenSequence] = {}
+        lead = models.get("target") or models["draft"]
+        self.tokenizer = lead.tokenizer
+        self.pieces = PieceTable(lead.tokenizer)
+        self.context_limit = min(model.context_limit for model in models.values())
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still be written."""
+        written = len(self.token_ids) - len(self.prompt.token_ids)
+        return min(self._config.max_tokens - written, self.context_limit - len(self.token_ids))
+
+    def propose(self, author: Author, num_candidates: int, sampling: Sampling) -> list[Candidate]:
+        """Candidates of one model for the next step."""
+        boundary = self._boundary()
+        purpose = Purpose.DRAFT if author == "draft" else Purpose.TARGET
+        draws = self._draws(purpose, num_candidates, boundary.max_tokens)
+        sequence = self._caught_up(author)
+        [candidates] = self.models[author].propose(
+            [sequence], num_candidates, sampling, boundary, draws[np.newaxis]
+        )
+        return candidates
+
+    def read(
+        self, author: Author, token_ids: tuple[int, ...], capture: Capture | None
+    ) -> Observation:
+        """One model reads a step and holds it from then on, unless it is taken back."""
+        sequence = self._caught_up(author)
+        [observation] = self.models[author].extend([sequence], [token_ids], [capture])
+        if author == "target":
+            self.num_verified_tokens += len(token_ids)
+        return observation
+
+    def score(self, candidates: list[Candidate], capture: Capture | None) -> list[Observation]:
+        """The target reads several steps side by side and holds none of them."""
+        sequence = self._caught_up("target")
+        continuations = [candidate.token_ids for candidate in candidates]
+        [observations] = self.models["target"].score([sequence], [continuations], [capture])
+        self.num_verified_tokens += sum(map(len, continuations))
+        return observations
+
+    def commit(self, author: Author, candidate: Candidate) -> None:
+        """A model holds what it proposed or scored."""
+        self.models[author].commit([self._sequences[author]], [candidate])
+
+    def take_back(self, author: Author) -> None:
+        """A model forgets what it read beyond the tokens so far."""
+        self.models[author].rewind(self._sequences[author], len(self.token_ids))
+
+    def append(self, token_ids: tuple[int, ...]) -> None:
+        """Make tokens part of the text; a model that does not hold them reads them when needed."""
+        self.token_ids.extend(token_ids)
+
+    def speculate(self, sampling: Sampling) -> Written:
+        """Write the target's next step, the draft guessing a few tokens at a time.
+
+        The step is distributed as if the target had drawn it token by token (Leviathan et al. 2023,
+        theorem 3.5); it is part of the text already, and the target holds it.
+        """
+        draft, target = self.models["draft"], self.models["target"]
+        boundary = self._boundary()
+        scanner = StepScanner(self.pieces, boundary)
+        size = boundary.max_tokens + 1
+        guessing, judging, correcting = (
+            self._draws(purpose, 1, size)[0]
+            for purpose in (Purpose.DRAFT, Purpose.ACCEPT, Purpose.TARGET)
+        )
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        num_guessed = num_kept = 0
+        finish: CandidateFinish | None = None
+        for block in range(size):  # each one writes a token at least
+            first = len(token_ids)
+            cap = min(self._config.num_speculated, boundary.max_tokens - first)
+            limits = Boundary(boundary.delimiter, boundary.eos_ids, cap)
+            guesser, judge = self._caught_up("draft"), self._caught_up("target")
+            draws = guessing[np.newaxis, np.newaxis, first : first + cap]
+            [[guess]] = draft.propose([guesser], 1, sampling, limits, draws, True)
+            n = len(guess.token_ids)
+            row = np.append(judging[first : first + n], correcting[block])
+            [outcome] = target.accept([judge], [guess], sampling, row[np.newaxis])
+            self.num_verified_tokens += n
+            num_guessed += n
+            before = len(self.token_ids)
+            for token_id, logprob in zip(outcome.token_ids, outcome.token_logprobs, strict=True):
+                token_ids.append(token_id)
+                logprobs.append(float(logprob))
+                finish = scanner.feed(token_id)
+                if finish is not None:
+                    break
+            self.token_ids.extend(token_ids[first:])
+            kept = min(outcome.num_accepted, len(token_ids) - first)
+            num_kept += kept
+            draft.commit([guesser], [guess])
+            draft.rewind(guesser, before + kept)
+            if finish is not None:
+                break
+        self.take_back("target")
+        assert finish is not None
+        step = Candidate(
+            token_ids=tuple(token_ids),
+            text=self.tokenizer.decode(token_ids),
+            token_logprobs=np.array(logprobs),
+            token_entropies=np.full(len(token_ids), np.nan),
+            finish=finish,
+            embedding=np.zeros(1),
+        )
+        return Written(step, num_guessed, num_kept)
+
+    def close(self) -> None:
+        """Close every sequence."""
+        for sequence in self._sequences.values():
+            sequence.close()
+
+    def _boundary(self) -> Boundary:
+        cap = min(self._config.max_step_tokens, self.room)
+        return Boundary(self._config.delimiter, self.tokenizer.eos_ids, cap)
+
+    def _draws(self, purpose: Purpose, num_candidates: int, count: int) -> Any:
+        return uniforms(self._config.seed, self._key, purpose, self.step, num_candidates, count)
+
+    def _caught_up(self, author: Author) -> TokenSequence:
+        """The model's sequence with every token so far in it."""
+        if author not in self._sequences:
+            self._sequences[author] = self.models[author].start(self.prompt)
+        sequence = self._sequences[author]
+        unseen = self.token_ids[len(sequence.token_ids) :]
+        if unseen:
+            self.models[author].extend([sequence], [unseen])
+            if author == "target":
+                self.num_verified_tokens += len(unseen)
+        return sequence
