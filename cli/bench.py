@@ -1,0 +1,169 @@
+"""``specguard bench``: compare methods on one machine, in one run that can be resumed."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from specguard import UsageError, load
+from specguard.backends.registry import choose_backend
+from specguard.bench.datasets import BUILT_IN, SOURCES, Fields, load_dataset
+from specguard.bench.methods import choose_methods
+from specguard.cli.options import model_options
+from specguard.cli.output import console
+from specguard.core import Engine, SpecguardError
+from specguard.files import write_atomically
+
+_DEFAULT_METHODS = "target,draft,sd,specguard,paper"
+
+
+@click.command()
+@model_options
+@click.option(
+    "--methods",
+    default=_DEFAULT_METHODS,
+    show_default=True,
+    help="Separated by commas; NAME@K is one with K candidates or votes.",
+)
+@click.option(
+    "--dataset",
+    type=click.Choice([BUILT_IN, *SOURCES]),
+    help=f"From the hub, but for {BUILT_IN} [{BUILT_IN}].",
+)
+@click.option("--data", type=click.Path(path_type=Path), help="A JSONL file of problems.")
+@click.option("--fields", help="Of --data: problem=NAME,answer=NAME[,id=NAME].")
+@click.option("--limit", type=click.IntRange(min=1), help="So many problems at most.")
+@click.option("--seeds", default="0", show_default=True, help="Separated by commas.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder of the results; a run in it goes on.",
+)
+def bench(
+    pair: str | None,
+    draft: str | None,
+    target: str | None,
+    backend: str,
+    dtype: str,
+    trust_remote_code: bool,
+    methods: str,
+    dataset: str | None,
+    data: Path | None,
+    fields: str | None,
+    limit: int | None,
+    seeds: str,
+    output: Path,
+) -> None:
+    """Compare METHODS on a data set: accuracy, latency, acceptance, and what the target had to do.
+
+    Results are appended to OUTPUT as each problem ends; the same command goes on where a run was
+    stopped, and more problems, methods or seeds may be added.
+    """
+    numbers = _seeds(seeds)
+    if fields is not None and data is None:
+        raise UsageError("--fields has no meaning without --data")
+    items = load_dataset(dataset, data, _fields(fields), limit)
+    err = console(stderr=True)
+    for place in items.left_out:
+        err.print(f"left out, {place}", style="yellow", markup=False)
+    engine = load(
+        pair,
+        backend=backend,
+        draft=draft,
+        target=target,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    chosen = choose_methods(tuple(filter(None, map(str.strip, methods.split(",")))), engine.config)
+    if not chosen:
+        raise UsageError("no method is given")
+    try:
+        from specguard.bench.runner import Run
+    except ImportError as error:
+        raise SpecguardError(
+            f"the package {error.name} is not installed", "pip install 'specguard[bench]'"
+        ) from error
+    name, _, _ = choose_backend(backend)
+    run = Run(engine, items, chosen, numbers, output, name)
+    try:
+        _work(run, err)
+    finally:
+        run.close()
+    _report(run.rows, engine, output)
+
+
+def _work(run: Any, err: Any) -> None:
+    total = run.num_missing
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    right: dict[str, list[bool]] = {}
+    for row in run.rows:
+        right.setdefault(row["method"], []).append(row["is_right"])
+    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+        for row in run.rows_to_come():
+            right.setdefault(row["method"], []).append(row["is_right"])
+            shares = (f"{name} {sum(found) / len(found):.0%}" for name, found in right.items())
+            progress.update(task, advance=1, description=", ".join(shares))
+
+
+def _report(rows: list[dict[str, Any]], engine: Engine, output: Path) -> None:
+    from specguard.bench.plot import plot
+    from specguard.bench.report import as_csv, as_markdown, summarise
+
+    lines = summarise(rows, _num_parameters(engine))
+    table = as_markdown(lines)
+    files = {
+        "report.md": table.encode(),
+        "report.csv": as_csv(lines).encode(),
+        "frontier.png": plot(lines, "png"),
+        "frontier.svg": plot(lines, "svg"),
+    }
+    try:
+        for name, content in files.items():
+            write_atomically(output / name, content)
+    except OSError as error:
+        raise SpecguardError(
+            f"the report in {output} cannot be written: {error.strerror}",
+            "the results are kept: the same command writes it anew",
+        ) from error
+    click.echo(table, nl=False)
+
+
+def _num_parameters(engine: Engine) -> tuple[int, int]:
+    from specguard.backends.checkpoint import open_checkpoint
+
+    counts = [
+        open_checkpoint(model.name).num_parameters if model is not None else 0
+        for model in (engine.draft, engine.target)
+    ]
+    return counts[0], counts[1]
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        found = list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError as error:
+        raise UsageError(f"--seeds must be numbers separated by commas, not {text!r}") from error
+    if any(seed < 0 for seed in found):
+        raise UsageError("a seed must not be negative")
+    return found
+
+
+def _fields(text: str | None) -> Fields | None:
+    if text is None:
+        return None
+    given = dict(part.partition("=")[::2] for part in text.split(","))
+    if not {"problem", "answer"} <= given.keys() <= {"problem", "answer", "id"} or not all(
+        given.values()
+    ):
+        raise UsageError(
+            f"--fields {text!r} is not understood", "like problem=question,answer=solution,id=key"
+        )
+    return Fields(given["problem"], given["answer"], given.get("id"))

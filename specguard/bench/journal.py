@@ -1,0 +1,120 @@
+"""A file of JSON lines that a long run appends to and, started again, goes on from."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from specguard.core.errors import SpecguardError
+
+
+class Journal:
+    """The rows of one run, each on the disk before the next is worked out.
+
+    The first line holds the run's settings. A last line that a killed process left unfinished is
+    cut off. A context manager: while it is open, no second run writes to the file.
+
+    Raises:
+        SpecguardError: the file is of a run with other settings, a line of it is no JSON, another
+            run has it open, or it cannot be written.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self._path = path
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise SpecguardError(
+                f"another run is writing to {path}", "wait for it, or name another output"
+            ) from error
+        try:
+            settings = json.loads(json.dumps(settings))
+            lines = read_lines(path) if path.exists() else []
+            if lines and lines[0] != settings:
+                raise SpecguardError(
+                    f"{path} is of another run: {_difference(lines[0], settings)}",
+                    "name another output to start anew, or give the settings of that run",
+                )
+            self.rows: list[dict[str, Any]] = lines[1:]
+            _cut_unfinished(path)
+            if not lines:
+                self._write(settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other runs write."""
+        self._lock.release()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row; it is on the disk when this returns."""
+        self._write(row)
+        self.rows.append(row)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise SpecguardError(
+                f"{self._path} cannot be written: {error.strerror}",
+                "what is in it is kept: the same command goes on from there",
+            ) from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Settings and rows of a run, without a line that was left unfinished.
+
+    Raises:
+        SpecguardError: a line is no JSON object.
+    """
+    return list(_lines(path))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    data = path.read_bytes()
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise SpecguardError(f"line {number} of {path} is no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise SpecguardError(f"line {number} of {path} is no JSON object")
+        yield row
+
+
+def _cut_unfinished(path: Path) -> None:
+    if path.exists():
+        data = path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            with path.open("r+b") as file:
+                file.truncate(end)
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+        for key in dict.fromkeys((*old, *new))
+        if old.get(key) != new.get(key)
+    )
