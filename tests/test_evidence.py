@@ -1,4 +1,4 @@
-"""The measurements on the built-in pair: journals, estimates, and a run from end to end."""
+"""The measurements on the built-in pair: estimates, and each command from end to end."""
 
 import json
 from itertools import product
@@ -11,32 +11,9 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specguard.core import SpecguardError
+from specguard.bench.statistics import auc
 from specguard.models.tiny.evidence.__main__ import main
-from specguard.models.tiny.evidence.journal import Journal, read_rows
 from specguard.models.tiny.evidence.selection import table
-from specguard.models.tiny.evidence.statistics import auc, interval, mcnemar
-
-
-def test_a_journal_goes_on_where_it_was_killed(tmp_path: Path) -> None:
-    path = tmp_path / "run" / "rows.jsonl"
-    journal = Journal(path, {"stream": 1})
-    journal.append({"problem": 0})
-    with path.open("a") as file:
-        file.write('{"problem": 1, "text": "half a li')
-    journal = Journal(path, {"stream": 1})
-    assert journal.rows == [{"problem": 0}]
-    journal.append({"problem": 1})
-    assert read_rows(path) == [{"problem": 0}, {"problem": 1}]
-
-
-def test_a_journal_of_another_run_is_refused(tmp_path: Path) -> None:
-    Journal(tmp_path / "rows.jsonl", {"stream": 1})
-    with pytest.raises(SpecguardError, match="other settings"):
-        Journal(tmp_path / "rows.jsonl", {"stream": 2})
-    (tmp_path / "torn.jsonl").write_text('{"stream": 1}\n{"a": \n')
-    with pytest.raises(SpecguardError, match="line 2"):
-        Journal(tmp_path / "torn.jsonl", {"stream": 1})
 
 
 @given(
@@ -51,23 +28,6 @@ def test_auc_counts_pairs(steps: list[tuple[int, bool]]) -> None:
         return
     wins = sum((a > b) + (a == b) / 2 for a, b in product(right, wrong))
     assert found == pytest.approx(wins / len(right) / len(wrong))
-
-
-def test_an_interval_is_over_clusters() -> None:
-    """Ten copies of an observation say no more than one."""
-    rng = np.random.default_rng(0)
-    values = rng.normal(size=40)
-    once = interval(lambda rows: float(values[rows].mean()), range(40))
-    copied, clusters = np.repeat(values, 10), np.repeat(np.arange(40), 10)
-    tenfold = interval(lambda rows: float(copied[rows].mean()), clusters.tolist())
-    assert tenfold == pytest.approx(once, rel=1e-9)
-    apart = interval(lambda rows: float(copied[rows].mean()), range(400))
-    assert apart[1] - apart[0] < 0.5 * (once[1] - once[0])
-
-
-def test_mcnemar_looks_at_differing_problems_alone() -> None:
-    assert mcnemar([True] * 9, [True] * 9) == 1.0
-    assert mcnemar([True] * 6 + [False] * 90, [False] * 96) == pytest.approx(2 / 2**6)
 
 
 def row(errors: list[str | None], **signals: list[float]) -> dict[str, Any]:
@@ -108,7 +68,7 @@ def test_steps_are_collected_and_tabulated(tmp_path: Path) -> None:
     before = file.read_bytes()
     invoke("collect", "--count", 1, "--output", file, "--embedder", "numbers")
     assert file.read_bytes() == before
-    first = json.loads(before.splitlines()[1])
+    first = json.loads(before.splitlines()[1])["steps"][0]
     assert len(first["samples"]) == 16
     assert max(first["samples"]) == len(first["candidates"]) - 1
     assert [len(s) for s in first["similarities"]["numbers"].values()] == [4, 8, 16]
@@ -117,12 +77,9 @@ def test_steps_are_collected_and_tabulated(tmp_path: Path) -> None:
     assert "medoid, numbers" in invoke("selectors", file)
 
 
-def test_methods_are_compared_problem_by_problem(tmp_path: Path) -> None:
-    file = tmp_path / "methods.jsonl"
-    options = ("--count", 2, "--output", file, "--method", "target, greedy")
-    one = invoke("methods", *options)
-    assert "| target, greedy | 2 |" in one
-    before = file.read_bytes()
-    both = invoke("methods", *options, "--method", "draft, greedy")
-    assert file.read_bytes().startswith(before)
-    assert "| draft, greedy | 2 |" in both
+def test_settings_are_compared_problem_by_problem(tmp_path: Path) -> None:
+    options = ("--count", 1, "--output", tmp_path / "run", "--table", "layers")
+    output = invoke("sensitivity", *options)
+    assert "| target | 1 |" in output
+    assert "| last 2 layers, epsilon 0.01 | 1 |" in output
+    assert invoke("sensitivity", *options) == output

@@ -2,20 +2,24 @@
 
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from specguard import Engine, load
+from specguard.bench.datasets import DataSet, Item
+from specguard.bench.journal import read_lines
+from specguard.bench.report import as_markdown, summarise
+from specguard.bench.runner import Run
+from specguard.bench.statistics import auc
 from specguard.core.errors import SpecguardError
 from specguard.models.pairs import BUILT_IN_PAIR, find_pair
 from specguard.models.tiny import problems
-from specguard.models.tiny.evidence import methods as tables
 from specguard.models.tiny.evidence import selection, steps
 from specguard.models.tiny.evidence import signals as judged
-from specguard.models.tiny.evidence.journal import read_rows
-from specguard.models.tiny.evidence.statistics import auc
+from specguard.models.tiny.evidence.sensitivity import layers_and_epsilon, weight_and_threshold
 
 F = TypeVar("F", bound=Callable[..., Any])
 STREAMS = {"calibration": problems.CALIBRATION, "held-out": problems.HELD_OUT}
@@ -77,7 +81,8 @@ def collect(
 
 
 def _steps_of(file: Path, kind: str) -> list[dict[str, Any]]:
-    return [row for row in read_rows(file) if row["is_answer"] is KINDS[kind]]
+    rows = steps.steps_of(read_lines(file)[1:])
+    return [row for row in rows if row["is_answer"] is KINDS[kind]]
 
 
 file_argument = click.argument("file", type=click.Path(exists=True, path_type=Path))
@@ -124,37 +129,42 @@ def selectors(file: Path, kind: str) -> None:
         click.echo("| " + " | ".join([name, *cells]) + " |")
 
 
-TABLES: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "main": tables.main_table,
-    "k": tables.over_k,
-    "grid": tables.grid,
-    "layers": lambda own: tables.layers(own, 4),
-}
-
-
 @main.command()
 @run_options
-@click.option("--table", "name", type=click.Choice(list(TABLES)), default="main")
-@click.option("--method", "only", multiple=True, help="A row of the table; all without it.")
-def methods(
+@click.option(
+    "--table",
+    type=click.Choice(["weights", "layers"]),
+    default="weights",
+    show_default=True,
+    help="Weight and threshold, or layers and epsilon.",
+)
+def sensitivity(
     output: Path,
     count: int,
     stream: str,
     draft: str | None,
     target: str | None,
     backend: str,
-    name: str,
-    only: tuple[str, ...],
+    table: str,
 ) -> None:
-    """Solve problems by every method of a table."""
-    rows = TABLES[name](find_pair(BUILT_IN_PAIR).verifier)
-    wanted = {key: rows[key] for key in only or rows}
+    """Solve problems by the paper's ensemble with other settings; OUTPUT is a folder."""
     engine = pair(backend, draft, target)
-    for left in tables.run(engine, wanted, STREAMS[stream], count, output):
-        if left % 50 == 0:
-            click.echo(f"{left} solutions to come", err=True)
-    for line in tables.table([row for row in read_rows(output) if row["method"] in wanted]):
-        click.echo(line)
+    base = engine.config
+    if table == "weights":
+        methods = weight_and_threshold(base)
+    else:
+        assert engine.target is not None
+        methods = layers_and_epsilon(base, steps.num_layers_of(engine.target))
+    found = islice(problems.stream(STREAMS[stream]), count)
+    items = [Item(str(i), item.text, str(item.answer)) for i, item in enumerate(found)]
+    run = Run(engine, DataSet(stream, tuple(items)), methods, [0], output, backend)
+    try:
+        for number, _ in enumerate(run.rows_to_come(), 1):
+            if number % 100 == 0:
+                click.echo(f"{run.num_missing - number} solutions to come", err=True)
+    finally:
+        run.close()
+    click.echo(as_markdown(summarise(run.rows, (0, 1))), nl=False)
 
 
 if __name__ == "__main__":

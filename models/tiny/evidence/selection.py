@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specguard.models.tiny.evidence.statistics import Array, interval
+from specguard.bench.statistics import Array, interval
 
 Row = dict[str, Any]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specguard.models.tiny.evidence.statistics import Array, auc, interval
+from specguard.bench.statistics import Array, auc, interval
 
 NUM_SAMPLES = 8  # of each step: the default number of candidates of the built-in pair
 _LOWER_IS_BETTER = ("entropy", "sink_mass")

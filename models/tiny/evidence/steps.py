@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from specguard import Engine
+from specguard.backends.checkpoint import open_checkpoint
+from specguard.bench.journal import Journal
 from specguard.core import Boundary, Candidate, Capture, LanguageModel, Observation, PieceTable
 from specguard.core.config import Sources
 from specguard.core.embedders import load_embedder
@@ -17,7 +19,6 @@ from specguard.core.randomness import Purpose, problem_key, uniforms
 from specguard.core.selector import Embedder, distinct, mean_similarities
 from specguard.models.tiny import problems
 from specguard.models.tiny.checker import judge
-from specguard.models.tiny.evidence.journal import Journal
 
 NUM_SAMPLES = (4, 8, 16)  # every k that is looked at; the samples of a smaller one come first
 MAX_STEP_TOKENS = 128
@@ -29,7 +30,7 @@ RESIDUAL = 0.5
 def collect(
     engine: Engine, embedders: Sequence[str], stream: int, count: int, path: Path
 ) -> list[dict[str, Any]]:
-    """One row for each step of ``count`` problems, in a journal at ``path``.
+    """The steps of ``count`` problems, from a journal at ``path`` that holds a row a problem.
 
     ``samples`` are the drawn candidates as indices into ``candidates``, the distinct ones, each
     with its judgement and its signals by name. ``similarities`` by embedder and k are those of the
@@ -44,13 +45,18 @@ def collect(
         "stream": stream,
         "embedders": list(embedders),
     }
-    journal = Journal(path, settings)
-    done = {row["problem"] for row in journal.rows}
-    for index in range(count):
-        if index not in done:
-            for row in _problem_rows(engine, loaded, problems.generate(stream, index)):
-                journal.append({"problem": index, **row})
-    return [row for row in journal.rows if row["problem"] < count]
+    with Journal(path, settings) as journal:
+        done = {row["problem"] for row in journal.rows}
+        for index in range(count):
+            if index not in done:
+                rows = _problem_rows(engine, loaded, problems.generate(stream, index))
+                journal.append({"problem": index, "steps": rows})
+        return steps_of(journal.rows[:count])
+
+
+def steps_of(problem_rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The steps in a journal's rows, each with the number of its problem."""
+    return [{"problem": row["problem"], **step} for row in problem_rows for step in row["steps"]]
 
 
 def _problem_rows(
@@ -153,7 +159,7 @@ def _signals(
                 **_over_digits("log_prob", logprobs, digits),
             }
         )
-    num_layers = _num_layers(model)
+    num_layers = num_layers_of(model)
     for sources in SOURCES:
         is_source = source_mask(prompt, len(sequence.token_ids), sources)
         for epsilon in EPSILONS:
@@ -183,13 +189,12 @@ def _attention_signals(
     return found
 
 
+def num_layers_of(model: LanguageModel[Any]) -> int:
+    """Layers of a model that was loaded from a folder."""
+    return int(open_checkpoint(model.name).text_config["num_hidden_layers"])
+
+
 def _over_digits(name: str, values: FloatArray, digits: FloatArray) -> dict[str, float]:
     """Minimum and mean over a step's digits alone; over all of it where it has none."""
     chosen = values[digits] if digits.any() else values
     return {f"{name} digits": float(chosen.min()), f"{name} digits_mean": float(chosen.mean())}
-
-
-def _num_layers(model: LanguageModel[Any]) -> int:
-    import json
-
-    return int(json.loads((Path(model.name) / "config.json").read_text())["num_hidden_layers"])
