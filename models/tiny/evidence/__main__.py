@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import numpy as np
 
 from specguard import Engine, load
 from specguard.bench.datasets import DataSet, Item
@@ -127,6 +128,27 @@ def selectors(file: Path, kind: str) -> None:
             if other == name
         ]
         click.echo("| " + " | ".join([name, *cells]) + " |")
+
+
+@main.command()
+@file_argument
+@kind_option
+@click.option("--signal", default="target log_prob", show_default=True)
+@click.option("--select", help="Only the candidate with the highest value of this signal.")
+def cuts(file: Path, kind: str, signal: str, select: str | None) -> None:
+    """Share of right and of wrong draft steps that lie above each value of a signal."""
+    rows = _steps_of(file, kind)
+    found = judged.best(rows, select) if select else judged.sample(rows, "draft")
+    values, is_right = found.values[signal], found.is_right
+    click.echo(f"{len(values)} steps, {is_right.mean():.1%} right")
+    click.echo("| value | right above | wrong above | right among those above |")
+    click.echo("|---|---|---|---|")
+    for cut in np.quantile(values[~is_right], [0.5, 0.8, 0.9, 0.95, 0.98, 0.99]):
+        above = values >= cut
+        click.echo(
+            f"| {cut:.3f} | {above[is_right].mean():.1%} | {above[~is_right].mean():.1%} "
+            f"| {is_right[above].mean():.1%} |"
+        )
 
 
 @main.command()

@@ -55,6 +55,20 @@ def sample(rows: Iterable[dict[str, Any]], embedder: str) -> Sample:
     return Sample({name: np.array(column) for name, column in columns.items()}, errors, clusters)
 
 
+def best(rows: Iterable[dict[str, Any]], name: str) -> Sample:
+    """Of every row the one among the first samples whose signal is highest."""
+    columns: dict[str, list[float]] = {}
+    errors, clusters = [], []
+    for row in rows:
+        candidates = [row["candidates"][index] for index in row["samples"][:NUM_SAMPLES]]
+        chosen = max(candidates, key=lambda candidate: candidate["signals"][name])
+        errors.append(chosen["error"])
+        clusters.append(row["problem"])
+        for signal, value in chosen["signals"].items():
+            columns.setdefault(signal, []).append(value)
+    return Sample({name: np.array(column) for name, column in columns.items()}, errors, clusters)
+
+
 def ensemble(found: Sample, role: str, setting: str, beta: float) -> Array:
     """The paper's ensemble with both signals min-max normalised on the 5% and 95% quantiles."""
     total = np.zeros(len(found.errors))
