@@ -1,4 +1,4 @@
-"""Attention-based grounding: rollout over the attention blocks of a step.
+"""Attention-based grounding: what counts as ground, and rollout over a step's attention blocks.
 
 Knows nothing of models: a block is what `LanguageModel.extend` hands over for one layer.
 """
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from specguard.core.model import AttentionBlock, FloatArray
+from specguard.core.config import Sources
+from specguard.core.model import AttentionBlock, BoolArray, FloatArray, Prompt
 
 
 def grounding(
@@ -30,3 +31,18 @@ def grounding(
         attended = block.source_mass + block.step @ mass
         mass = (1 - residual) * attended + residual * mass
     return mass
+
+
+def source_mask(prompt: Prompt, length: int, sources: Sources) -> BoolArray:
+    """Which of ``length`` context tokens are grounding sources, the others being sinks.
+
+    "context" (the paper's): all of them. "problem": the problem and the accepted steps; not the
+    chat template, the system prompt and the first token, where models park their attention.
+    """
+    is_source = np.ones(length, dtype=np.bool_)
+    if sources == "problem":
+        first, last = prompt.problem_span
+        is_source[: len(prompt.token_ids)] = False
+        is_source[first:last] = True
+        is_source[0] = False
+    return is_source

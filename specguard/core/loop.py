@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from specguard.core.config import TARGET_SELECTOR, Author, Method, SolveConfig
 from specguard.core.errors import SpecguardError, UsageError
+from specguard.core.grounding import source_mask
 from specguard.core.model import (
     Candidate,
     Capture,
@@ -274,12 +273,7 @@ class _Run:
         verifier = self.config.verifier
         if self.models[verifier.model].capture_refusal is not None:
             return None
-        is_source = np.ones(len(self.writer.token_ids), dtype=np.bool_)
-        if verifier.sources == "problem":
-            first, last = self.prompt.problem_span
-            is_source[: len(self.prompt.token_ids)] = False
-            is_source[first:last] = True
-            is_source[0] = False
+        is_source = source_mask(self.prompt, len(self.writer.token_ids), verifier.sources)
         return Capture(is_source, verifier.num_layers, verifier.epsilon)
 
     def _text_of(self, written: Candidate) -> str:
