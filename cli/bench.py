@@ -8,8 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from specguard import UsageError, load
 from specguard.backends.registry import choose_backend
-from specguard.bench.datasets import BUILT_IN, SOURCES, Fields, load_dataset
 from specguard.bench.methods import choose_methods
+from specguard.cli.data import data_options, read_data
 from specguard.cli.options import model_options
 from specguard.cli.output import console
 from specguard.core import Engine, SpecguardError
@@ -26,14 +26,7 @@ _DEFAULT_METHODS = "target,draft,sd,specguard,paper"
     show_default=True,
     help="Separated by commas; NAME@K is one with K candidates or votes.",
 )
-@click.option(
-    "--dataset",
-    type=click.Choice([BUILT_IN, *SOURCES]),
-    help=f"From the hub, but for {BUILT_IN} [{BUILT_IN}].",
-)
-@click.option("--data", type=click.Path(path_type=Path), help="A JSONL file of problems.")
-@click.option("--fields", help="Of --data: problem=NAME,answer=NAME[,id=NAME].")
-@click.option("--limit", type=click.IntRange(min=1), help="So many problems at most.")
+@data_options
 @click.option("--seeds", default="0", show_default=True, help="Separated by commas.")
 @click.option(
     "--output",
@@ -48,6 +41,7 @@ def bench(
     backend: str,
     dtype: str,
     trust_remote_code: bool,
+    profile: str | None,
     methods: str,
     dataset: str | None,
     data: Path | None,
@@ -62,12 +56,8 @@ def bench(
     stopped, and more problems, methods or seeds may be added.
     """
     numbers = _seeds(seeds)
-    if fields is not None and data is None:
-        raise UsageError("--fields has no meaning without --data")
-    items = load_dataset(dataset, data, _fields(fields), limit)
+    items = read_data(dataset, data, fields, limit)
     err = console(stderr=True)
-    for place in items.left_out:
-        err.print(f"left out, {place}", style="yellow", markup=False)
     engine = load(
         pair,
         backend=backend,
@@ -75,6 +65,7 @@ def bench(
         target=target,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        profile=profile,
     )
     chosen = choose_methods(tuple(filter(None, map(str.strip, methods.split(",")))), engine.config)
     if not chosen:
@@ -154,16 +145,3 @@ def _seeds(text: str) -> list[int]:
     if any(seed < 0 for seed in found):
         raise UsageError("a seed must not be negative")
     return found
-
-
-def _fields(text: str | None) -> Fields | None:
-    if text is None:
-        return None
-    given = dict(part.partition("=")[::2] for part in text.split(","))
-    if not {"problem", "answer"} <= given.keys() <= {"problem", "answer", "id"} or not all(
-        given.values()
-    ):
-        raise UsageError(
-            f"--fields {text!r} is not understood", "like problem=question,answer=solution,id=key"
-        )
-    return Fields(given["problem"], given["answer"], given.get("id"))

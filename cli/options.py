@@ -70,6 +70,9 @@ def model_options(command: F) -> F:
                 help="Number type of the weights.",
             ),
             click.option(
+                "--profile", metavar="NAME", help="A fitted verifier, see specguard calibrate."
+            ),
+            click.option(
                 "--trust-remote-code",
                 is_flag=True,
                 help="Run Python code that comes with a checkpoint.",

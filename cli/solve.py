@@ -42,6 +42,7 @@ def solve(
     backend: str,
     dtype: str,
     trust_remote_code: bool,
+    profile: str | None,
     as_json: bool,
     as_jsonl: bool,
     quiet: bool,
@@ -58,7 +59,7 @@ def solve(
         raise UsageError("--trace and --jsonl exclude one another")
     text = read_problem(problem, file)
     choice = choose(pair, backend, draft, target)
-    settings = settings_from(options, configure(choice.pair))
+    settings = settings_from(options, configure(choice.pair, profile))
     reporter = Reporter(is_silent=as_json or as_jsonl or quiet)
     with reporter.loading() as progress:
         engine = load(
@@ -68,6 +69,7 @@ def solve(
             target=target,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            profile=profile,
             progress=progress,
             detail=detail or trace is not None,
             **settings,

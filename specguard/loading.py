@@ -7,6 +7,7 @@ from typing import Any
 from specguard.backends.registry import choose_backend
 from specguard.core import Engine, LanguageModel, SolveConfig, UsageError
 from specguard.models.pairs import BUILT_IN_PAIR, PAIRS, ModelPair, find_pair
+from specguard.models.profiles import find_profile
 from specguard.models.settings import chosen_pair
 
 
@@ -29,6 +30,7 @@ def load(
     target: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    profile: str | None = None,
     progress: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Engine:
@@ -42,15 +44,16 @@ def load(
         target: the same for the target.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: run Python code that comes with a checkpoint.
+        profile: a fitted verifier in place of the pair's, see ``specguard calibrate``.
         progress: called with each model's name before it is loaded.
         settings: fields of `SolveConfig`; the pair's own hold where nothing is given.
 
     Raises:
         UsageError: unknown names or impossible settings.
-        SpecguardError: the backend or a model cannot be used.
+        SpecguardError: the backend or a model cannot be used, or the profile is another pair's.
     """
     choice = choose(pair, backend, draft, target)
-    config = configure(choice.pair, **settings)
+    config = configure(choice.pair, profile, **settings)
     if len(config.authors) > 1 and (choice.draft is None or choice.target is None):
         raise UsageError("a draft and a target go together", "give both, or name a pair")
     _, implementation, device = choose_backend(backend)
@@ -62,7 +65,10 @@ def load(
         if progress is not None:
             progress(source)
         models.append(implementation.load(source, dtype, trust_remote_code, device))
-    return Engine(models[0], models[1], config)
+    engine = Engine(models[0], models[1], config)
+    if profile is not None:
+        find_profile(profile).check(engine)
+    return engine
 
 
 def choose(
@@ -89,11 +95,11 @@ def choose(
     return Choice(found, draft or pair_draft, target or pair_target, name, is_fallback)
 
 
-def configure(pair: ModelPair | None, **settings: Any) -> SolveConfig:
-    """A pair's settings with changes on top.
+def configure(pair: ModelPair | None, profile: str | None = None, **settings: Any) -> SolveConfig:
+    """A pair's settings with those of a profile and other changes on top.
 
     Raises:
-        UsageError: an unknown setting or an impossible value.
+        UsageError: an unknown profile or setting, or an impossible value.
     """
     config = SolveConfig()
     if pair is not None:
@@ -104,6 +110,8 @@ def configure(pair: ModelPair | None, **settings: Any) -> SolveConfig:
             verifier=pair.verifier,
             system_prompt=pair.system_prompt,
         )
+    if profile is not None:
+        config = replace(config, verifier=find_profile(profile).verifier)
     unknown = settings.keys() - set(SolveConfig.__dataclass_fields__)
     if unknown:
         raise UsageError(f"no setting is called {sorted(unknown)[0]!r}")

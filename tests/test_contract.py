@@ -40,6 +40,12 @@ def load_torch(request: pytest.FixtureRequest, role: str) -> Model:
     return load_model(str(request.getfixturevalue(name)))
 
 
+def load_torch_eager(request: pytest.FixtureRequest, role: str) -> Model:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECGUARD_LEAN", "0")
+        return load_torch(request, role)
+
+
 def load_mlx(request: pytest.FixtureRequest, role: str) -> Model:
     pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
     from specguard.backends.mlx.loading import load_model
@@ -51,6 +57,7 @@ def load_mlx(request: pytest.FixtureRequest, role: str) -> Model:
 LOADERS: dict[str, Callable[[pytest.FixtureRequest, str], Model]] = {
     "reference": load_reference,
     "torch": load_torch,
+    "torch-eager": load_torch_eager,
     "mlx": load_mlx,
 }
 

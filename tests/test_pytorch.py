@@ -12,6 +12,7 @@ from specguard.core import (
     Boundary,
     Capture,
     Engine,
+    Prompt,
     Sampling,
     SolveConfig,
     SpecguardError,
@@ -99,3 +100,56 @@ def test_too_little_memory_is_said_before_loading(
     )
     with pytest.raises(SpecguardError, match=r"needs 0\.0 GiB and this machine has 0\.0 GiB free"):
         load_model(str(checkpoint))
+
+
+def test_lean_layers_do_what_the_model_s_own_do(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specguard.backends.pytorch.loading import load_model
+
+    lean = load_model(str(checkpoint))
+    monkeypatch.setenv("SPECGUARD_LEAN", "0")
+    eager = load_model(str(checkpoint))
+    assert lean._forward._lean is not None
+    assert eager._forward._lean is None
+    prompt = Prompt((5, 40, 41, 60, 61, 62, 7), (1, 5))
+    tokens = list(range(30, 70))
+    seen = []
+    for model in lean, eager:
+        sequence = model.start(prompt)
+        [first] = model.extend([sequence], [tokens], [Capture(np.arange(7) % 2 == 0, 3, 0.0)])
+        seen.append(first)
+    ours, theirs = seen
+    np.testing.assert_allclose(ours.token_logprobs, theirs.token_logprobs, atol=1e-5)
+    assert ours.blocks is not None
+    assert theirs.blocks is not None
+    for block, wanted in zip(ours.blocks, theirs.blocks, strict=True):
+        np.testing.assert_allclose(block.source_mass, wanted.source_mass, atol=1e-5)
+        np.testing.assert_allclose(block.step, wanted.step, atol=1e-5)
+    # Nothing is held twice: the modules see the weights that the lean layers use.
+    layer = lean._forward.model.base_model.layers[0].self_attn
+    fused = lean._forward._lean._layers[0].qkv
+    assert layer.q_proj.weight.data_ptr() == fused.data_ptr()
+
+
+def test_lean_layers_that_differ_are_not_used(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specguard.backends.pytorch import lean
+    from specguard.backends.pytorch.loading import load_model
+
+    monkeypatch.setattr(lean, "_rotate", lambda states, cos, sin: states)
+    assert load_model(str(checkpoint))._forward._lean is None
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.8, 0.99, 0.9999])
+def test_few_tokens_are_enough_for_top_p(top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    from specguard.backends.pytorch import sampling
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 400, generator=generator) * torch.tensor(
+        [[8.0], [4], [2], [1], [0], [6]]
+    )
+    found = sampling.warp(logits, Sampling(0.9, top_p))
+    monkeypatch.setattr(sampling, "_FEW", 10**9)
+    torch.testing.assert_close(found, sampling.warp(logits, Sampling(0.9, top_p)), rtol=0, atol=0)

@@ -33,7 +33,7 @@ def test_the_example_of_an_own_model_is_short() -> None:
 def test_named_options_exist() -> None:
     help_text = "".join(
         CliRunner().invoke(main, [command, "--help"], catch_exceptions=False).output
-        for command in ("solve", "bench")
+        for command in ("solve", "bench", "calibrate")
     )
     for flag in set(re.findall(r"`(--[a-z-]+)", README)):
         assert flag in help_text, flag

@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 
 from specguard.backends.pytorch.attention import ATTENTION_NAME, AttentionPass, RowCapture
 from specguard.backends.pytorch.kv import KVBuffer, PassCache, stack_rows
+from specguard.backends.pytorch.lean import LeanLayers, lean_layers
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.model import AttentionBlock, Capture, FloatArray
 
 SHARED = -1  # owner of columns that every query of the row may see
 NOBODY = -2  # owner of padding
+_LEAN_TOLERANCE = 1e-5  # of logits, relative to the largest
 
 
 @dataclass(slots=True)
@@ -104,8 +106,12 @@ class Forward:
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Module):
             raise SpecguardError(f"{name} has no output head: it is not a causal language model")
+        self._head = head
         head.register_forward_pre_hook(self._keep_head_input)
+        self._lean: LeanLayers | None = None
         self._probe(name)
+        if self._has_own_attention:
+            self._lean = self._checked_lean()
 
     def new_buffer(self) -> KVBuffer:
         """An empty buffer."""
@@ -131,9 +137,11 @@ class Forward:
         owners = torch.full_like(positions, SHARED)
         layout.append(positions, owners)
         attention = AttentionPass(is_causal=True)
-        self._call(
-            self.model.base_model, layout, self.tensor([token_ids]), positions, owners, attention
-        )
+        tokens = self.tensor([token_ids])
+        if self._lean is not None:
+            self._lean(tokens, positions, buffer, 0, attention)
+        else:
+            self._call(self.model.base_model, layout, tokens, positions, owners, attention)
 
     def run(
         self,
@@ -161,11 +169,19 @@ class Forward:
         if len(tokens) > 1 or len(tokens[0]) > 1 or owners is not None:
             attention.mask = layout.visible(position_grid, owner_grid)
         attention.captures = [self._row_capture(reading, first_column) for reading in readings]
-        output = self._call(self.model, layout, token_grid, position_grid, owner_grid, attention)
-        hidden, self._head_input = self._head_input, None
-        assert hidden is not None
+        if self._lean is not None:
+            hidden = self._lean(token_grid, position_grid, layout.buffer, first_column, attention)
+            logits: Tensor = self._head(hidden)
+            self._head_input = None
+        else:
+            output = self._call(
+                self.model, layout, token_grid, position_grid, owner_grid, attention
+            )
+            logits = output.logits
+            assert self._head_input is not None
+            hidden, self._head_input = self._head_input, None
         blocks = [_attention_blocks(capture.blocks) for capture in attention.captures]
-        return PassOutput(hidden, output.logits[..., : self._num_tokens], blocks)
+        return PassOutput(hidden, logits[..., : self._num_tokens], blocks)
 
     def _call(
         self,
@@ -241,6 +257,21 @@ class Forward:
 
     def _keep_head_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._head_input = inputs[0]
+
+    @torch.inference_mode()
+    def _checked_lean(self) -> LeanLayers | None:
+        """Lean layers where the model can have them and they do what its own layers do."""
+        lean = lean_layers(self.model)
+        if lean is None:
+            return None
+        tokens, positions = [list(range(8))], [list(range(8))]
+        wanted = self.run(self.layout([self.new_buffer()], [0]), tokens, positions).logits
+        self._lean = lean
+        found = self.run(self.layout([self.new_buffer()], [0]), tokens, positions).logits
+        self._lean = None
+        scale = max(1.0, float(wanted.abs().max()))
+        is_same = bool((found - wanted).abs().max() <= _LEAN_TOLERANCE * scale)
+        return lean if is_same else None
 
     @torch.inference_mode()
     def _probe(self, name: str) -> None:

@@ -1,0 +1,171 @@
+"""From labelled steps to bounds, weights and a threshold, and how good they are."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.calibration import calibration_curve
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import brier_score_loss, roc_auc_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+
+from specguard.core.config import SIGNALS, VerifierConfig, ensemble_weights
+from specguard.core.errors import SpecguardError
+from specguard.core.verifier import normalise
+
+Kind = Literal["beta", "logistic"]
+Array = NDArray[np.floating[Any]]
+
+MIN_OF_EACH = 10  # right and wrong steps without which nothing is fitted
+_LOWER_IS_BETTER = ("entropy_mean", "entropy_max", "sink_mass")
+_NUM_FOLDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A fitted verifier and what it does to the steps that it was fitted on.
+
+    ``auc`` and ``brier`` are cross-validated over problems; ``probabilities`` [n], that a step is
+    right, likewise. ``right_accepted`` and ``wrong_accepted`` are shares at the threshold.
+    """
+
+    verifier: VerifierConfig
+    num_steps: int
+    num_right: int
+    auc: float
+    brier: float
+    right_accepted: float
+    wrong_accepted: float
+    probabilities: Array
+    labels: NDArray[np.bool_]
+
+
+def fit(
+    rows: Sequence[dict[str, Any]], base: VerifierConfig, kind: Kind, accept_wrong: float
+) -> Fit:
+    """Fit bounds and weights to labelled steps, and the threshold to a wanted trade-off.
+
+    Bounds are the 5% and 95% quantiles of each signal. ``beta`` chooses the weight between
+    log-probability and grounding by AUC; ``logistic`` weighs every signal by a logistic regression
+    on the normalised scores, signals that speak against a step being right left out.
+
+    Args:
+        rows: steps with "problem", "is_right" and "signals".
+        base: the settings that are not fitted.
+        kind: what is fitted.
+        accept_wrong: largest share of the wrong steps that may pass.
+
+    Raises:
+        SpecguardError: fewer than `MIN_OF_EACH` right or wrong steps.
+    """
+    labels = np.array([bool(row["is_right"]) for row in rows])
+    num_right = int(labels.sum())
+    if min(num_right, len(labels) - num_right) < MIN_OF_EACH:
+        raise SpecguardError(
+            f"{num_right} right and {len(labels) - num_right} wrong steps are too few to fit to",
+            f"{MIN_OF_EACH} of each are needed: give more problems, harder or easier ones",
+        )
+    names = [name for name in SIGNALS if all(name in row["signals"] for row in rows)]
+    bounds = {}
+    for name in names:
+        low, high = np.quantile([row["signals"][name] for row in rows], [0.05, 0.95])
+        if high > low:
+            ends = (high, low) if name in _LOWER_IS_BETTER else (low, high)
+            bounds[name] = (float(ends[0]), float(ends[1]))
+    verifier = replace(base, bounds=bounds)
+    scores = {
+        name: np.array([normalise(name, row["signals"][name], verifier) for row in rows])
+        for name in bounds
+    }
+    groups = np.array([row["problem"] for row in rows])
+    weights = _best_beta(scores, labels) if kind == "beta" else _logistic(scores, labels)
+    ensemble = np.round(sum(weight * scores[name] for name, weight in weights.items()), 12)
+    threshold = _threshold(np.asarray(ensemble), labels, accept_wrong)
+    verifier = replace(verifier, weights=weights, threshold=threshold)
+    verifier = replace(verifier, bounds={name: bounds[name] for name in bounds})
+    inputs = np.asarray(ensemble)[:, None]
+    if kind == "logistic":
+        inputs = np.stack([scores[name] for name in weights], axis=1)
+    folds = GroupKFold(min(_NUM_FOLDS, len(set(groups.tolist()))))
+    probabilities = cross_val_predict(
+        LogisticRegression(), inputs, labels, groups=groups, cv=folds, method="predict_proba"
+    )[:, 1]
+    passes = np.asarray(ensemble) >= threshold
+    return Fit(
+        verifier=verifier,
+        num_steps=len(labels),
+        num_right=num_right,
+        auc=float(roc_auc_score(labels, probabilities)),
+        brier=float(brier_score_loss(labels, probabilities)),
+        right_accepted=float(passes[labels].mean()),
+        wrong_accepted=float(passes[~labels].mean()),
+        probabilities=probabilities,
+        labels=labels,
+    )
+
+
+def _best_beta(scores: dict[str, Array], labels: NDArray[np.bool_]) -> dict[str, float]:
+    if "grounding" not in scores:
+        return ensemble_weights(1.0)
+    betas = np.round(np.linspace(0, 1, 11), 1)
+    areas = [
+        roc_auc_score(labels, beta * scores["log_prob"] + (1 - beta) * scores["grounding"])
+        for beta in betas
+    ]
+    # Of equal ones the larger: log-probability asks for no captured attention.
+    best = max(range(len(betas)), key=lambda index: (round(areas[index], 6), betas[index]))
+    return ensemble_weights(float(betas[best]))
+
+
+def _logistic(scores: dict[str, Array], labels: NDArray[np.bool_]) -> dict[str, float]:
+    names = list(scores)
+    while True:
+        inputs = np.stack([scores[name] for name in names], axis=1)
+        found = LogisticRegression().fit(inputs, labels).coef_[0]
+        if (found > 0).all() or len(names) == 1:
+            break
+        names = [name for name, weight in zip(names, found, strict=True) if weight > 0] or [
+            "log_prob"
+        ]
+    if len(names) == 1:
+        return {names[0]: 1.0}
+    return {name: float(weight / found.sum()) for name, weight in zip(names, found, strict=True)}
+
+
+def _threshold(ensemble: Array, labels: NDArray[np.bool_], accept_wrong: float) -> float:
+    """The lowest score from which no larger share of the wrong steps passes."""
+    wrong = np.sort(ensemble[~labels])[::-1]
+    allowed = int(np.floor(accept_wrong * len(wrong)))
+    if allowed >= len(wrong):
+        return 0.0
+    # Halfway to the best score among those that must not pass and the next higher one.
+    barrier = float(wrong[allowed])
+    above = ensemble[ensemble > barrier]
+    middle = (barrier + float(above.min())) / 2 if len(above) else 1.0
+    rounded = round(middle, 4)
+    return min(1.0, rounded if rounded > barrier else middle)
+
+
+def reliability_plot(found: Fit) -> bytes:
+    """Share of right steps against the probability given to them, as PNG."""
+    # matplotlib takes seconds to import: only where a plot is drawn.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shares, predicted = calibration_curve(
+        found.labels, found.probabilities, n_bins=10, strategy="quantile"
+    )
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
+    axes.plot(predicted, shares, marker="o")
+    axes.set_xlabel("probability that a step is right (cross-validated)")
+    axes.set_ylabel("share that is right")
+    axes.set_title(f"AUC {found.auc:.3f}, Brier score {found.brier:.3f}")
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=120)
+    return stream.getvalue()

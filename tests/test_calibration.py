@@ -1,0 +1,182 @@
+"""Calibration: what a fit finds in labelled steps, and profiles that know their pair."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import specguard
+from specguard.bench.datasets import load_dataset
+from specguard.bench.grading import Grader
+from specguard.calibration.fit import fit, reliability_plot
+from specguard.calibration.labels import label_steps
+from specguard.cli.main import main
+from specguard.core import SpecguardError, UsageError, VerifierConfig
+from specguard.core.verifier import normalise
+from specguard.models.profiles import Profile, find_profile, fingerprint, save_profile
+from tests.conftest import TINY
+
+PROBLEM = "Mia has 24 shells. Mia finds 9 more shells. How many shells does Mia have?"
+
+
+def steps(informative: str, count: int = 400) -> list[dict[str, Any]]:
+    """Labelled steps of which one signal tells right from wrong and the others are noise."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(count):
+        is_right = bool(rng.random() < 0.7)
+        signals = {"log_prob": -rng.random(), "grounding": rng.random()}
+        signals |= {"entropy_max": rng.random(), "consistency": rng.random()}
+        shift = 0.6 if is_right else 0.0
+        direction = -1 if informative == "entropy_max" else 1
+        signals[informative] = signals[informative] * 0.6 + direction * shift
+        rows.append({"problem": str(number // 5), "is_right": is_right, "signals": signals})
+    return rows
+
+
+@pytest.mark.parametrize(("informative", "beta"), [("log_prob", 1.0), ("grounding", 0.0)])
+def test_beta_goes_to_the_signal_that_tells(informative: str, beta: float) -> None:
+    found = fit(steps(informative), VerifierConfig(), "beta", 0.05)
+    assert abs(found.verifier.weights.get("log_prob", 0.0) - beta) <= 0.2
+    assert found.auc > 0.8
+    assert found.verifier.is_calibrated
+
+
+def test_a_logistic_fit_weighs_every_signal_that_helps() -> None:
+    found = fit(steps("entropy_max"), VerifierConfig(), "logistic", 0.05)
+    weights = found.verifier.weights
+    assert max(weights, key=weights.__getitem__) == "entropy_max"
+    assert sum(weights.values()) == pytest.approx(1.0)
+    assert all(weight > 0 for weight in weights.values())
+    low, high = found.verifier.bounds["entropy_max"]
+    assert low > high  # much entropy scores 0
+    assert found.auc > fit(steps("entropy_max"), VerifierConfig(), "beta", 0.05).auc + 0.2
+    assert reliability_plot(found).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("accept_wrong", [0.0, 0.05, 0.3, 1.0])
+def test_the_threshold_keeps_to_the_trade_off(accept_wrong: float) -> None:
+    rows = steps("log_prob")
+    found = fit(rows, VerifierConfig(), "beta", accept_wrong)
+    assert found.wrong_accepted <= accept_wrong
+    verifier = found.verifier
+    passed = [
+        round(
+            sum(w * normalise(n, r["signals"][n], verifier) for n, w in verifier.weights.items()),
+            12,
+        )
+        >= verifier.threshold
+        for r in rows
+    ]
+    wrong = [ok for ok, r in zip(passed, rows, strict=True) if not r["is_right"]]
+    assert np.mean(wrong) == pytest.approx(found.wrong_accepted)
+    if accept_wrong == 1.0:
+        assert found.right_accepted == 1.0
+
+
+def test_too_few_steps_are_not_fitted() -> None:
+    with pytest.raises(SpecguardError, match="too few"):
+        fit(steps("log_prob", 12), VerifierConfig(), "beta", 0.05)
+
+
+def test_noise_looks_like_noise() -> None:
+    rows = steps("log_prob")
+    rng = np.random.default_rng(1)
+    for row in rows:
+        row["is_right"] = bool(rng.random() < 0.5)
+    assert 0.35 < fit(rows, VerifierConfig(), "logistic", 0.05).auc < 0.65
+
+
+def test_steps_are_labelled_by_where_they_lead() -> None:
+    engine = specguard.load("tiny", backend="cpu", num_candidates=2)
+    [item] = load_dataset("tiny", limit=1).items
+    with Grader() as grader:
+        rows = list(label_steps(engine, item, grader))
+        assert len(rows) == len(engine.solve(item.problem, method="target").steps)
+        for row in rows:
+            assert {"log_prob", "grounding", "consistency"} <= row["signals"].keys()
+        wrong = type(item)(item.id, item.problem, "1000003")
+        assert list(label_steps(engine, wrong, grader)) == []
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPECGUARD_CONFIG_DIR", str(tmp_path / "settings"))
+    return tmp_path / "settings"
+
+
+def profile(target: str | None = None) -> Profile:
+    verifier = VerifierConfig(weights={"log_prob": 1.0}, bounds={"log_prob": (-3.0, 0.0)})
+    draft = fingerprint(str(TINY / "draft"))
+    return Profile("mine", draft, target or fingerprint(str(TINY / "target")), verifier, {"auc": 1})
+
+
+def test_a_profile_is_what_it_was_when_it_is_read_again(settings: Path) -> None:
+    save_profile(profile())
+    assert find_profile("mine") == profile()
+    engine = specguard.load("tiny", backend="cpu", profile="mine")
+    assert engine.config.verifier == profile().verifier
+    with pytest.raises(UsageError, match="profiles: mine"):
+        raise_with_hint("other")
+    for name in "../mine", "", "a b":
+        with pytest.raises(UsageError, match="no name"):
+            find_profile(name)
+
+
+def raise_with_hint(name: str) -> None:
+    try:
+        find_profile(name)
+    except UsageError as error:
+        raise UsageError(f"{error.message} {error.hint}") from error
+
+
+def test_a_profile_refuses_another_pair(settings: Path) -> None:
+    save_profile(profile(target=fingerprint(str(TINY / "draft"))))
+    with pytest.raises(SpecguardError, match="fitted to another target"):
+        specguard.load("tiny", backend="cpu", profile="mine")
+    # Plain decoding by the draft loads no target.
+    assert specguard.load("tiny", backend="cpu", profile="mine", method="draft").target is None
+
+
+def test_a_damaged_profile_is_named(settings: Path) -> None:
+    path = save_profile(profile())
+    path.write_text(path.read_text().replace("threshold = 0.7", 'threshold = "high"'))
+    with pytest.raises(SpecguardError, match=r"mine\.toml cannot be read"):
+        find_profile("mine")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+def test_calibrate_writes_a_profile_that_solve_takes(
+    settings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = steps("log_prob")
+    asked = []
+
+    def labelled(engine: Any, item: Any, grader: Any) -> list[dict[str, Any]]:
+        asked.append(item.id)
+        return rows[40 * int(item.id) : 40 * (int(item.id) + 1)]
+
+    monkeypatch.setattr("specguard.calibration.labels.label_steps", labelled)
+    options = ("calibrate", "mine", "--models", "tiny", "--backend", "cpu", "--limit", 6)
+    result = run(*options)
+    assert result.exit_code == 0, result.output
+    assert "240 steps" in result.stdout
+    assert {file.name for file in (settings / "profiles").iterdir()} >= {
+        "mine.toml",
+        "mine.jsonl",
+        "mine.png",
+    }
+    assert len(asked) == 6
+    # Labels are not worked out again for another fit.
+    assert run(*options, "--fit", "logistic").exit_code == 0
+    assert len(asked) == 6
+    solved = run("solve", PROBLEM, "--quiet", "--backend", "cpu", "--profile", "mine")
+    assert solved.stdout == "33\n"
+    missing = run("solve", PROBLEM, "--profile", "yours")
+    assert missing.exit_code == 2
+    assert "no profile is called 'yours'" in missing.stderr
