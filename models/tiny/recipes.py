@@ -56,7 +56,7 @@ RECIPES = {
         ),
     ),
     "draft": Recipe(
-        Shape(96, 3, 2, 256),
+        Shape(96, 3, 3, 256),
         (
             Phase("short", 1_000_000, _SHORT, 0.4),
             Phase("middle", 1_000_000, _MIDDLE, 0.4),
