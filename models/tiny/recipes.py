@@ -1,8 +1,12 @@
 """Shape and training of the two models of the pair."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from specguard.models.tiny.network import Shape
+import torch
+
+from specguard.models.tiny.lexicon import Lexicon
+from specguard.models.tiny.network import Network, Shape
 from specguard.models.tiny.problems import Difficulty
 
 
@@ -58,9 +62,17 @@ RECIPES = {
     "draft": Recipe(
         Shape(96, 3, 3, 256),
         (
-            Phase("short", 1_000_000, _SHORT, 0.4),
-            Phase("middle", 1_000_000, _MIDDLE, 0.4),
-            Phase("all", 6_000_000, Difficulty()),
+            Phase("short", 800_000, _SHORT, 0.4),
+            Phase("middle", 1_200_000, _MIDDLE, 0.4),
+            Phase("all", 4_000_000, Difficulty(), 0.3),
         ),
     ),
 }
+
+
+def load_network(recipe: Recipe, lexicon: Lexicon, folder: Path) -> Network:
+    """The network of a run's last checkpoint, in float32, for evaluation."""
+    network = Network(recipe.shape, lexicon)
+    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    network.load_state_dict(state["network"])
+    return network.eval()
