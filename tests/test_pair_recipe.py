@@ -11,6 +11,7 @@ from specguard.models.tiny import problems  # noqa: E402
 from specguard.models.tiny.data import Coder, batches, make_coder  # noqa: E402
 from specguard.models.tiny.decoding import greedy  # noqa: E402
 from specguard.models.tiny.drills import drill  # noqa: E402
+from specguard.models.tiny.evaluate import first_place, first_wrong, solve  # noqa: E402
 from specguard.models.tiny.export import export  # noqa: E402
 from specguard.models.tiny.network import Network, Shape  # noqa: E402
 from specguard.models.tiny.recipes import RECIPES, Phase, Recipe  # noqa: E402
@@ -147,3 +148,29 @@ def test_the_rate_rises_holds_and_falls() -> None:
     assert recipe.rate(recipe.tokens // 4, 1000) == recipe.peak_rate
     late = recipe.rate(recipe.tokens * 9 // 10, 5000)
     assert 0 < late < recipe.peak_rate / 3
+
+
+def test_the_first_wrong_step_is_found() -> None:
+    problem = problems.generate(problems.CALIBRATION, 3)
+    assert first_wrong(problem, problem.solution) == (len(problem.steps), None)
+    assert first_place(problem, problem.solution) == "ending"
+    number = next(i for i, sentence in enumerate(problem.sentences) if sentence.updates)
+    steps = list(problem.steps)
+    del steps[number]
+    missing = problems.DELIMITER.join(steps)
+    assert first_wrong(problem, missing) == (number, "a skipped event")
+    assert first_place(problem, missing).endswith(": sentence")
+    steps = list(problem.steps)
+    steps[number] = steps[number].replace(" had ", " had 1", 1)
+    changed = problems.DELIMITER.join(steps)
+    assert first_wrong(problem, changed)[0] == number
+    assert first_place(problem, changed).endswith(": look-up")
+
+
+def test_solving_counts_what_is_right(coder: Coder, target: Network) -> None:
+    """Untrained, nothing is right, and the first step is where it goes wrong."""
+    result = solve(target, coder, problems.CALIBRATION, 4)
+    assert result.num_right == 0
+    assert len(result.wrong) == sum(result.places.values()) == sum(result.kinds.values()) == 4
+    assert 0 <= result.right_steps < result.steps
+    assert target.training is False

@@ -29,6 +29,7 @@ class Recipe:
     peak_rate: float = 3e-3
     warmup_steps: int = 60
     decay_from: float = 0.5
+    decay_power: float = 1.0
     batch_tokens: int = 8192
     check_every: int = 1_000_000
     seed: int = 0
@@ -40,10 +41,11 @@ class Recipe:
         return sum(phase.tokens for phase in self.phases)
 
     def rate(self, tokens: int, steps: int) -> float:
-        """Learning rate: warm-up, constant, then linear to nearly zero."""
+        """Learning rate: warm-up, constant, then down to nearly zero, in a line at power 1."""
         warm = min(1.0, (steps + 1) / self.warmup_steps)
         left = 1 - tokens / self.tokens
-        return self.peak_rate * warm * max(0.01, min(1.0, left / (1 - self.decay_from)))
+        falling = min(1.0, left / (1 - self.decay_from)) ** self.decay_power if left > 0 else 0.0
+        return self.peak_rate * warm * max(0.01, falling)
 
 
 _SHORT = Difficulty(max_actors=1, max_events=3, max_distractors=1, large_share=0.1)
@@ -58,6 +60,8 @@ RECIPES = {
             Phase("all, with drills", 6_000_000, Difficulty(), 0.3),
             Phase("all", 6_500_000, Difficulty()),
         ),
+        decay_from=0.45,
+        decay_power=1.5,
     ),
     "draft": Recipe(
         Shape(96, 3, 3, 256),
