@@ -254,6 +254,10 @@ def _explain(
         owners = {update.owner for update in later.updates}
         if all(claims.get(owner) == state.after(later).get(owner) for owner in owners):
             return Judgement(ErrorKind.SKIPPED_EVENT, event.text)
+    owners = {update.owner for update in event.updates}
+    for actor, count in claims.items():
+        if actor not in owners and state.counts.get(actor, count) != count:
+            return _foreign(state, count, actor)
     sources = {update.source for update in event.updates}
     known = {n for actor in sources for n in [state.counts.get(actor)] if n is not None}
     for update in event.updates:

@@ -57,8 +57,8 @@ RECIPES = {
         (
             Phase("short", 1_000_000, _SHORT, 0.4),
             Phase("middle", 2_000_000, _MIDDLE, 0.4),
-            Phase("all, with drills", 6_000_000, Difficulty(), 0.3),
-            Phase("all", 6_500_000, Difficulty()),
+            Phase("all, with drills", 5_500_000, Difficulty(), 0.3),
+            Phase("all", 7_000_000, Difficulty()),
         ),
         decay_from=0.45,
         decay_power=1.5,
