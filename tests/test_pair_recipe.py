@@ -21,6 +21,7 @@ from specguard.models.tiny.wiring import wire  # noqa: E402
 SMALL = Recipe(
     Shape(72, 3, 3, 64),
     (Phase("short", 3000, problems.Difficulty(max_actors=1, max_events=2), 0.5),),
+    rates=((0, 1e-3), (3000, 0.0)),
     batch_tokens=1024,
     bf16=False,
 )
@@ -144,10 +145,12 @@ def test_a_run_goes_on_where_it_stopped(coder: Coder, tmp_path: Path) -> None:
 
 def test_the_rate_rises_holds_and_falls() -> None:
     recipe = RECIPES["target"]
-    assert recipe.rate(0, 0) < recipe.rate(0, 30) < recipe.peak_rate
-    assert recipe.rate(recipe.tokens // 4, 1000) == recipe.peak_rate
+    peak = recipe.rates[0][1]
+    assert recipe.rate(0, 0) < recipe.rate(0, 30) < peak
+    assert recipe.rate(recipe.tokens // 4, 1000) == peak
     late = recipe.rate(recipe.tokens * 9 // 10, 5000)
-    assert 0 < late < recipe.peak_rate / 3
+    assert 0 < late < peak / 3
+    assert recipe.tokens == recipe.rates[-1][0]
 
 
 def test_the_first_wrong_step_is_found() -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from specguard.models.tiny.lexicon import Lexicon
@@ -22,14 +23,16 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one model is trained; ``check_every`` is in tokens."""
+    """How one model is trained.
+
+    ``rates`` are learning rates at numbers of tokens, with straight lines between them; it is
+    checked every ``check_every`` tokens.
+    """
 
     shape: Shape
     phases: tuple[Phase, ...]
-    peak_rate: float = 3e-3
+    rates: tuple[tuple[int, float], ...]
     warmup_steps: int = 60
-    decay_from: float = 0.5
-    decay_power: float = 1.0
     batch_tokens: int = 8192
     check_every: int = 1_000_000
     seed: int = 0
@@ -41,11 +44,10 @@ class Recipe:
         return sum(phase.tokens for phase in self.phases)
 
     def rate(self, tokens: int, steps: int) -> float:
-        """Learning rate: warm-up, constant, then down to nearly zero, in a line at power 1."""
+        """Learning rate after so many tokens and steps; the first steps warm up."""
         warm = min(1.0, (steps + 1) / self.warmup_steps)
-        left = 1 - tokens / self.tokens
-        falling = min(1.0, left / (1 - self.decay_from)) ** self.decay_power if left > 0 else 0.0
-        return self.peak_rate * warm * max(0.01, falling)
+        places, rates = zip(*self.rates, strict=True)
+        return warm * float(np.interp(tokens, places, rates))
 
 
 _SHORT = Difficulty(max_actors=1, max_events=3, max_distractors=1, large_share=0.1)
@@ -58,10 +60,9 @@ RECIPES = {
             Phase("short", 1_000_000, _SHORT, 0.4),
             Phase("middle", 2_000_000, _MIDDLE, 0.4),
             Phase("all, with drills", 5_500_000, Difficulty(), 0.3),
-            Phase("all", 7_000_000, Difficulty()),
+            Phase("all", 8_500_000, Difficulty()),
         ),
-        decay_from=0.45,
-        decay_power=1.5,
+        rates=((0, 3e-3), (7_000_000, 3e-3), (9_800_000, 1.6e-3), (17_000_000, 3e-5)),
     ),
     "draft": Recipe(
         Shape(96, 3, 3, 256),
@@ -70,6 +71,7 @@ RECIPES = {
             Phase("middle", 1_200_000, _MIDDLE, 0.4),
             Phase("all", 4_000_000, Difficulty(), 0.3),
         ),
+        rates=((0, 3e-3), (3_000_000, 3e-3), (6_000_000, 3e-5)),
     ),
 }
 
