@@ -60,9 +60,15 @@ RECIPES = {
             Phase("short", 1_000_000, _SHORT, 0.4),
             Phase("middle", 2_000_000, _MIDDLE, 0.4),
             Phase("all, with drills", 5_500_000, Difficulty(), 0.3),
-            Phase("all", 8_500_000, Difficulty()),
+            Phase("all", 9_300_000, Difficulty()),
         ),
-        rates=((0, 3e-3), (7_000_000, 3e-3), (9_800_000, 1.6e-3), (17_000_000, 3e-5)),
+        rates=(
+            (0, 3e-3),
+            (7_000_000, 3e-3),
+            (9_800_000, 1.6e-3),
+            (13_000_000, 1e-3),
+            (17_800_000, 2e-5),
+        ),
     ),
     "draft": Recipe(
         Shape(96, 3, 3, 256),

@@ -110,6 +110,8 @@ def wire(network: Network, lexicon: Lexicon, seed: int) -> None:
         network.code_out[:, FOUND * part : (FOUND + 1) * part] = 8 / part * codes
         _look_back(network)
         _find(network)
+        if network.shape.num_heads > 3:
+            _go_on_with_numbers(network, codes[lexicon.word(".")], codes[lexicon.word(START)])
         if network.shape.num_layers > 2:
             _point(network, lexicon, codes)
 
@@ -155,6 +157,31 @@ def _find(network: Network) -> None:
     second.match(_slow(network, 0, half), OWN, BEFORE_2, 12.0, amplitude)
     second.match(_slow(network, half, half), MIX, MIX, 16.0, amplitude)
     second.carry(OWN, SECOND, 0.8)
+
+
+def _go_on_with_numbers(network: Network, stop: Tensor, sink: Tensor) -> None:
+    """Heads for the second digit of a number: by the digit, the verb and the name before it.
+
+    Two tokens back say "has 1" and not whose: 16 is then continued like anybody's number that
+    begins with 1. The third token back lies in the part SECOND, save at the end of a sentence,
+    where that part is needed.
+    """
+    back = _head(network, 0, 3)
+    back.prefer(slice(0, 4), 3, 16.0)
+    last = network.shape.head_dim - 1
+    own, size = back.dims(OWN), (40.0 * back.scale) ** 0.5 / back.part / 6**0.5
+    back.q[last, own] += size * stop
+    back.k[last, own] += size * sink
+    back.carry(OWN, SECOND, 1 / 6**0.5)
+    back.v[: back.part, own] -= torch.outer(sink, sink) / back.part
+    number = _head(network, 1, 3)
+    size_of = len(_slow(network, 0, 1000)) // 3
+    parts = [(OWN, BEFORE), (BEFORE, BEFORE_2), (BEFORE_2, SECOND)]
+    for index, (asked, offered) in enumerate(parts):
+        number.match(_slow(network, index * size_of, size_of), asked, offered, 14.0, 1.2)
+    nearest = _recency(network).start
+    number.prefer(slice(nearest - 2, nearest + 1), 0, 4.0)
+    number.carry(OWN, FOUND, 0.8)
 
 
 def _recency(network: Network) -> slice:
