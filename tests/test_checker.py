@@ -95,6 +95,8 @@ def test_wording_does_not_matter(before: list[str], step: str) -> None:
         ([HALF, FIND, GIVE], "The answer is \\boxed{95}.", ErrorKind.INVENTED_NUMBER),
         ([HALF, FIND, GIVE], "The answer is \\boxed{21}.", ErrorKind.OTHER),
         ([HALF, FIND, GIVE], "Mia has 25 shells.", ErrorKind.OTHER),
+        ([], "", ErrorKind.OTHER),
+        ([], "Mia now the shells.", ErrorKind.OTHER),
     ],
 )
 def test_errors_are_named(before: list[str], step: str, kind: ErrorKind) -> None:

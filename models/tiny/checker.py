@@ -130,6 +130,8 @@ def judge(problem: Problem, before: Sequence[str], step: str) -> Judgement:
     if not claims:
         if is_event:
             return Judgement(ErrorKind.OTHER, "says no result")
+        if not reading.calculations and not _is_about_the_rest(problem, step):
+            return Judgement(ErrorKind.OTHER, "says nothing of the problem")
         return _judge_numbers(state, reading, set())
     if not is_event and all(state.counts.get(actor) == n for actor, n in claims.items()):
         return _judge_numbers(state, reading, set())
@@ -146,6 +148,13 @@ def judge(problem: Problem, before: Sequence[str], step: str) -> Judgement:
         events = state.events[state.position : state.position + number]
         return _judge_work(state, reading, events, claims)
     return _explain(state, reading, claims, is_event)
+
+
+def _is_about_the_rest(problem: Problem, step: str) -> bool:
+    """Whether a step has most words of a sentence that changes nothing."""
+    said = set(step.split())
+    rest = (set(s.text.split()) for s in problem.sentences if not s.updates)
+    return any(len(said & sentence) >= 0.6 * len(sentence) for sentence in rest)
 
 
 def _judge_answer(state: _State, reading: Reading) -> Judgement:
@@ -245,6 +254,10 @@ def _explain(
         owners = {update.owner for update in later.updates}
         if all(claims.get(owner) == state.after(later).get(owner) for owner in owners):
             return Judgement(ErrorKind.SKIPPED_EVENT, event.text)
+    owners = {update.owner for update in event.updates}
+    for actor, count in claims.items():
+        if actor not in owners and state.counts.get(actor, count) != count:
+            return _foreign(state, count, actor)
     sources = {update.source for update in event.updates}
     known = {n for actor in sources for n in [state.counts.get(actor)] if n is not None}
     for update in event.updates:

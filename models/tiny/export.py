@@ -13,15 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from specguard.models.tiny.data import Coder, make_coder
 from specguard.models.tiny.network import Network
-from specguard.models.tiny.recipes import RECIPES, Recipe
-
-
-def load_network(recipe: Recipe, coder: Coder, folder: Path) -> Network:
-    """The network of a run's last checkpoint, in float32, for evaluation."""
-    network = Network(recipe.shape, coder.lexicon)
-    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    network.load_state_dict(state["network"])
-    return network.eval()
+from specguard.models.tiny.recipes import RECIPES, load_network
 
 
 def llama_config(network: Network, coder: Coder) -> LlamaConfig:
@@ -94,7 +86,7 @@ def export(network: Network, coder: Coder, folder: Path) -> None:
 def main(name: str, run: Path, output: Path) -> None:
     """Export a run's last checkpoint, and compare what was saved with the network."""
     coder = make_coder()
-    network = load_network(RECIPES[name], coder, run)
+    network = load_network(RECIPES[name], coder.lexicon, run)
     export(network, coder, output)
     saved = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     ids = torch.arange(64)[None] % len(coder.lexicon.word_of)

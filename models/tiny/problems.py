@@ -79,11 +79,11 @@ class Difficulty:
     max_actors: int = 3
     max_events: int = 7
     max_distractors: int = 2
-    large_share: float = 0.3
+    large_share: float = 0.25
 
 
-_NUM_EVENTS = {2: 0.22, 3: 0.24, 4: 0.20, 5: 0.15, 6: 0.11, 7: 0.08}
-_NUM_ACTORS = {1: 0.35, 2: 0.45, 3: 0.20}
+_NUM_EVENTS = {2: 0.34, 3: 0.28, 4: 0.16, 5: 0.11, 6: 0.07, 7: 0.04}
+_NUM_ACTORS = {1: 0.40, 2: 0.43, 3: 0.17}
 _NUM_DISTRACTORS = {0: 0.6, 1: 0.28, 2: 0.12}
 _FULL = Difficulty()
 

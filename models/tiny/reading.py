@@ -30,9 +30,12 @@ class Calculation:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """The numbers that go in: those of the first expression with an operator."""
-        first = next((text for text in self.expressions if _is_work(text)), self.expressions[0])
-        return tuple(dict.fromkeys((*_numbers(self.expressions[0]), *_numbers(first))))
+        """The numbers that go in: those of the first expression."""
+        start = self.expressions[0]
+        if _is_work(start) or len(self.expressions) == 1:
+            return tuple(dict.fromkeys(_numbers(start)))
+        # "45 = 6 * 7 + 3" takes a number apart: how often it fits in is worked out.
+        return tuple(dict.fromkeys((*_numbers(start), _numbers(self.expressions[1])[0])))
 
     @property
     def is_true(self) -> bool:

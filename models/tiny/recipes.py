@@ -1,8 +1,13 @@
 """Shape and training of the two models of the pair."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from specguard.models.tiny.network import Shape
+import numpy as np
+import torch
+
+from specguard.models.tiny.lexicon import Lexicon
+from specguard.models.tiny.network import Network, Shape
 from specguard.models.tiny.problems import Difficulty
 
 
@@ -18,13 +23,16 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one model is trained; ``check_every`` is in tokens."""
+    """How one model is trained.
+
+    ``rates`` are learning rates at numbers of tokens, with straight lines between them; it is
+    checked every ``check_every`` tokens.
+    """
 
     shape: Shape
     phases: tuple[Phase, ...]
-    peak_rate: float = 3e-3
+    rates: tuple[tuple[int, float], ...]
     warmup_steps: int = 60
-    decay_from: float = 0.5
     batch_tokens: int = 8192
     check_every: int = 1_000_000
     seed: int = 0
@@ -36,10 +44,10 @@ class Recipe:
         return sum(phase.tokens for phase in self.phases)
 
     def rate(self, tokens: int, steps: int) -> float:
-        """Learning rate: warm-up, constant, then linear to nearly zero."""
+        """Learning rate after so many tokens and steps; the first steps warm up."""
         warm = min(1.0, (steps + 1) / self.warmup_steps)
-        left = 1 - tokens / self.tokens
-        return self.peak_rate * warm * max(0.01, min(1.0, left / (1 - self.decay_from)))
+        places, rates = zip(*self.rates, strict=True)
+        return warm * float(np.interp(tokens, places, rates))
 
 
 _SHORT = Difficulty(max_actors=1, max_events=3, max_distractors=1, large_share=0.1)
@@ -51,16 +59,32 @@ RECIPES = {
         (
             Phase("short", 1_000_000, _SHORT, 0.4),
             Phase("middle", 2_000_000, _MIDDLE, 0.4),
-            Phase("all, with drills", 5_000_000, Difficulty(), 0.3),
-            Phase("all", 10_000_000, Difficulty()),
+            Phase("all, with drills", 5_500_000, Difficulty(), 0.3),
+            Phase("all", 9_300_000, Difficulty()),
+        ),
+        rates=(
+            (0, 3e-3),
+            (7_000_000, 3e-3),
+            (9_800_000, 1.6e-3),
+            (13_000_000, 1e-3),
+            (17_800_000, 2e-5),
         ),
     ),
     "draft": Recipe(
-        Shape(96, 3, 2, 256),
+        Shape(96, 3, 3, 256),
         (
-            Phase("short", 1_000_000, _SHORT, 0.4),
-            Phase("middle", 1_000_000, _MIDDLE, 0.4),
-            Phase("all", 6_000_000, Difficulty()),
+            Phase("short", 800_000, _SHORT, 0.4),
+            Phase("middle", 1_200_000, _MIDDLE, 0.4),
+            Phase("all", 4_000_000, Difficulty(), 0.3),
         ),
+        rates=((0, 3e-3), (3_000_000, 3e-3), (6_000_000, 3e-5)),
     ),
 }
+
+
+def load_network(recipe: Recipe, lexicon: Lexicon, folder: Path) -> Network:
+    """The network of a run's last checkpoint, in float32, for evaluation."""
+    network = Network(recipe.shape, lexicon)
+    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    network.load_state_dict(state["network"])
+    return network.eval()

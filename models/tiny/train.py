@@ -142,7 +142,8 @@ class Run:
     def check(self, count: int) -> None:
         """Log whole-problem accuracy on fresh problems, and what goes wrong first."""
         result = solve(self.network, self.coder, problems.CALIBRATION, count)
-        self.log(right=result.num_right / count, first_errors=result.first_errors)
+        share = round(result.right_steps / result.steps, 4)
+        self.log(right=result.num_right / count, steps_right=share, places=result.places)
 
 
 @click.command()

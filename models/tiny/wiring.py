@@ -7,7 +7,8 @@ number is meant. It does when it starts with heads that
   number, and what came second where the same sentence ended (layer 2);
 - point: the start of a step finds the sentence restated last and takes over what layer 2 found to
   come behind it in the problem (layer 3).
-Every weight goes on learning. The residual stream starts out in six equal parts.
+Every weight goes on learning. The residual stream starts out in six equal parts; it
+takes three heads a layer.
 """
 
 from dataclasses import dataclass
@@ -109,6 +110,8 @@ def wire(network: Network, lexicon: Lexicon, seed: int) -> None:
         network.code_out[:, FOUND * part : (FOUND + 1) * part] = 8 / part * codes
         _look_back(network)
         _find(network)
+        if network.shape.num_heads > 3:
+            _go_on_with_numbers(network, codes[lexicon.word(".")], codes[lexicon.word(START)])
         if network.shape.num_layers > 2:
             _point(network, lexicon, codes)
 
@@ -120,7 +123,9 @@ def _look_back(network: Network) -> None:
         head.prefer(slice(0, 4), distance, 16.0)
         head.carry(OWN, part, 1 / amplitude)
     mix = _head(network, 0, 2)
-    mix.prefer(slice(2, 5), 0, 2.5)
+    # Rates that tell the last few tokens from those before, and never come round again together.
+    fast = int((mix.rates > 0.33).sum())
+    mix.prefer(slice(fast, int((mix.rates > 0.03).sum())), 0, 2.5)
     mix.carry(OWN, MIX, 2 / amplitude)
 
 
@@ -152,6 +157,31 @@ def _find(network: Network) -> None:
     second.match(_slow(network, 0, half), OWN, BEFORE_2, 12.0, amplitude)
     second.match(_slow(network, half, half), MIX, MIX, 16.0, amplitude)
     second.carry(OWN, SECOND, 0.8)
+
+
+def _go_on_with_numbers(network: Network, stop: Tensor, sink: Tensor) -> None:
+    """Heads for the second digit of a number: by the digit, the verb and the name before it.
+
+    Two tokens back say "has 1" and not whose: 16 is then continued like anybody's number that
+    begins with 1. The third token back lies in the part SECOND, save at the end of a sentence,
+    where that part is needed.
+    """
+    back = _head(network, 0, 3)
+    back.prefer(slice(0, 4), 3, 16.0)
+    last = network.shape.head_dim - 1
+    own, size = back.dims(OWN), (40.0 * back.scale) ** 0.5 / back.part / 6**0.5
+    back.q[last, own] += size * stop
+    back.k[last, own] += size * sink
+    back.carry(OWN, SECOND, 1 / 6**0.5)
+    back.v[: back.part, own] -= torch.outer(sink, sink) / back.part
+    number = _head(network, 1, 3)
+    size_of = len(_slow(network, 0, 1000)) // 3
+    parts = [(OWN, BEFORE), (BEFORE, BEFORE_2), (BEFORE_2, SECOND)]
+    for index, (asked, offered) in enumerate(parts):
+        number.match(_slow(network, index * size_of, size_of), asked, offered, 14.0, 1.2)
+    nearest = _recency(network).start
+    number.prefer(slice(nearest - 2, nearest + 1), 0, 4.0)
+    number.carry(OWN, FOUND, 0.8)
 
 
 def _recency(network: Network) -> slice:
