@@ -147,7 +147,7 @@ def test_rope_settings_are_those_of_transformers(rope: dict[str, Any], tmp_path:
             },
             "attention_factor",
         ),
-        ("Llama", {"vocab_size": 600}, "has 600 token ids and its tokenizer 1024"),
+        ("Llama", {"vocab_size": 600}, "has 600 token ids and its tokenizer 964"),
     ],
 )
 @pytest.mark.parametrize("role", ["draft", "target"])
