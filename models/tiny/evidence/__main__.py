@@ -99,7 +99,7 @@ kind_option = click.option(
 @click.option("--match", default="", help="Only signals with this in their names.")
 def signals(file: Path, kind: str, embedder: str, match: str) -> None:
     """AUC of each signal for "this draft step is right", overall and by kind of error."""
-    found = judged.sample(_steps_of(file, kind), embedder)
+    found = judged.with_ensembles(judged.sample(_steps_of(file, kind), embedder))
     counts = {error: found.errors.count(error) for error in dict.fromkeys(found.errors)}
     click.echo(f"{len(found.errors)} sampled steps: " + ", ".join(map(str, counts.items())))
     kinds = [error for error, number in counts.items() if error is not None and number >= 10]

@@ -69,17 +69,32 @@ def best(rows: Iterable[dict[str, Any]], name: str) -> Sample:
     return Sample({name: np.array(column) for name, column in columns.items()}, errors, clusters)
 
 
-def ensemble(found: Sample, role: str, setting: str, beta: float) -> Array:
-    """The paper's ensemble with both signals min-max normalised on the 5% and 95% quantiles."""
-    total = np.zeros(len(found.errors))
-    for name, weight in (
-        (f"{role} log_prob", beta),
-        (f"{role} grounding {setting}", 1 - beta),
-    ):
-        low, high = np.quantile(found.values[name], [0.05, 0.95])
-        scale = max(high - low, 1e-9)
-        total += weight * np.clip((found.values[name] - low) / scale, 0, 1)
-    return total
+def with_ensembles(found: Sample, beta: float = 0.3) -> Sample:
+    """The sample with the paper's ensemble beside its signals, for each model and ``sources``.
+
+    Both parts are min-max normalised on their 5% and 95% quantiles; epsilon is 0.01, and the last
+    three layers are read, or all where there are fewer.
+    """
+    values = dict(found.values)
+    for role in "draft", "target":
+        for sources in "problem", "context":
+            settings = [f"{sources} eps=0.01 L={layers}" for layers in (3, 2, 1)]
+            grounding = next(
+                f"{role} grounding {setting}"
+                for setting in settings
+                if f"{role} grounding {setting}" in values
+            )
+            log_prob = f"{role} log_prob"
+            values[f"{role} ensemble {sources}"] = beta * _normalised(values[log_prob]) + (
+                1 - beta
+            ) * _normalised(values[grounding])
+    return Sample(values, found.errors, found.clusters)
+
+
+def _normalised(values: Array) -> Array:
+    low, high = np.quantile(values, [0.05, 0.95])
+    scaled: Array = np.clip((values - low) / max(high - low, 1e-9), 0, 1)
+    return scaled
 
 
 def table(found: Sample, names: Sequence[str]) -> list[tuple[str, float, float, float]]:
