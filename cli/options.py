@@ -8,6 +8,7 @@ import click
 
 from specguard.core.config import (
     PRESETS,
+    TARGET_SELECTOR,
     SolveConfig,
     VerifierConfig,
     ensemble_weights,
@@ -188,6 +189,11 @@ def settings_from(options: Mapping[str, Any], base: SolveConfig) -> dict[str, An
     if "rewrite_temperature" in given:
         changes["rewrite_sampling"] = Sampling(given["rewrite_temperature"], 1.0)
     changes["verifier"] = _verifier(given, base.verifier)
+    # Presets are the paper's method, whose selector is the medoid; and where the target does not
+    # verify, it cannot select.
+    is_medoid = "preset" in given or changes["verifier"].model != "target"
+    if "selector" not in given and base.selector == TARGET_SELECTOR and is_medoid:
+        changes["selector"] = "draft"
     return changes
 
 

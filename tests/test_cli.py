@@ -92,6 +92,23 @@ def test_plain_methods(method: str) -> None:
     assert invoke("solve", SHELLS, "--method", method).exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "selector"),
+    [
+        ([], "target"),
+        (["--verifier", "draft"], "draft"),
+        (["--preset", "paper"], "draft"),
+        (["--preset", "consistency-only"], "draft"),
+        (["--preset", "paper", "--selector", "target"], "target"),
+        (["--selector", "numbers"], "numbers"),
+    ],
+)
+def test_the_target_selects_where_it_verifies(options: list[str], selector: str) -> None:
+    data = json.loads(invoke("solve", SHELLS, "--json", "--k", "2", *options).stdout)
+    assert data["config"]["selector"] == selector
+    assert data["answer"] == "21"
+
+
 def test_tokens_are_guessed_where_asked() -> None:
     alone = json.loads(invoke("solve", SHELLS, "--method", "target", "--json").stdout)
     for options in ["--method", "sd"], ["--threshold", "1", "--speculate", "3"]:

@@ -103,13 +103,14 @@ def signals(file: Path, kind: str, embedder: str, match: str) -> None:
     counts = {error: found.errors.count(error) for error in dict.fromkeys(found.errors)}
     click.echo(f"{len(found.errors)} sampled steps: " + ", ".join(map(str, counts.items())))
     kinds = [error for error, number in counts.items() if error is not None and number >= 10]
-    click.echo("| signal | AUC | 95% interval | " + " | ".join(kinds) + " |")
-    click.echo("|---" * (3 + len(kinds)) + "|")
+    click.echo("| signal | AUC | 95% interval | within a step | " + " | ".join(kinds) + " |")
+    click.echo("|---" * (4 + len(kinds)) + "|")
     names = [name for name in found.values if match in name]
     by_kind = {error: found.only(error) for error in kinds}
     for name, area, low, high in judged.table(found, names):
         areas = [f"{auc(part.values[name], part.is_right):.3f}" for part in by_kind.values()]
-        cells = [name, f"{area:.3f}", f"{low:.3f} - {high:.3f}", *areas]
+        within = f"{found.within_steps(name):.3f}"
+        cells = [name, f"{area:.3f}", f"{low:.3f} - {high:.3f}", within, *areas]
         click.echo("| " + " | ".join(cells) + " |")
 
 

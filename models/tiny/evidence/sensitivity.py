@@ -17,7 +17,8 @@ def weight_and_threshold(base: SolveConfig) -> list[Method]:
     found = [known_methods(base)["target"]]
     for beta, threshold in product(BETAS, THRESHOLDS):
         verifier = replace(paper, weights=ensemble_weights(beta), threshold=threshold)
-        found.append(Method(f"beta {beta}, threshold {threshold}", {"verifier": verifier}))
+        changes = {"verifier": verifier, "selector": "draft"}
+        found.append(Method(f"beta {beta}, threshold {threshold}", changes))
     return found
 
 
@@ -27,5 +28,6 @@ def layers_and_epsilon(base: SolveConfig, num_layers: int) -> list[Method]:
     found = [known_methods(base)["target"]]
     for count, epsilon in product(range(1, num_layers + 1), EPSILONS):
         verifier = replace(paper, num_layers=count, epsilon=epsilon)
-        found.append(Method(f"last {count} layers, epsilon {epsilon}", {"verifier": verifier}))
+        changes = {"verifier": verifier, "selector": "draft"}
+        found.append(Method(f"last {count} layers, epsilon {epsilon}", changes))
     return found

@@ -15,11 +15,15 @@ _LOWER_IS_BETTER = ("entropy", "sink_mass")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Sampled steps in columns: ``values`` [N] by signal, what is wrong with each, its problem."""
+    """Sampled steps in columns: ``values`` [N] by signal, what is wrong with each, its problem.
+
+    ``places`` say which step of the problem each one stands for.
+    """
 
     values: dict[str, Array]
     errors: list[str | None]
     clusters: list[int]
+    places: list[int]
 
     @property
     def is_right(self) -> NDArray[np.bool_]:
@@ -33,7 +37,21 @@ class Sample:
             {name: column[rows] for name, column in self.values.items()},
             [self.errors[row] for row in rows],
             [self.clusters[row] for row in rows],
+            [self.places[row] for row in rows],
         )
+
+    def within_steps(self, name: str) -> float:
+        """How often a right step has the higher value than a wrong one for the same place.
+
+        Free of what distinguishes one place from another: some steps are harder and attended to in
+        another way, whether they come out right or not.
+        """
+        rows_at: dict[tuple[int, int], list[int]] = {}
+        for row, place in enumerate(zip(self.clusters, self.places, strict=True)):
+            rows_at.setdefault(place, []).append(row)
+        is_right, column = self.is_right, self.values[name]
+        areas = [auc(column[rows], is_right[rows]) for rows in rows_at.values()]
+        return float(np.nanmean(areas)) if not np.isnan(areas).all() else float("nan")
 
 
 def sample(rows: Iterable[dict[str, Any]], embedder: str) -> Sample:
@@ -42,31 +60,37 @@ def sample(rows: Iterable[dict[str, Any]], embedder: str) -> Sample:
     ``consistency`` is by ``embedder``; a signal that means trouble is negated.
     """
     columns: dict[str, list[float]] = {}
-    errors, clusters = [], []
+    errors, clusters, places = [], [], []
     for row in rows:
         for place, index in enumerate(row["samples"][:NUM_SAMPLES]):
             candidate = row["candidates"][index]
             errors.append(candidate["error"])
             clusters.append(row["problem"])
+            places.append(row["step"])
             consistency = row["similarities"][embedder][str(NUM_SAMPLES)][place]
             for name, value in {**candidate["signals"], "consistency": consistency}.items():
                 is_trouble = name.split()[-1 if " " not in name else 1].startswith(_LOWER_IS_BETTER)
                 columns.setdefault(name, []).append(-value if is_trouble else value)
-    return Sample({name: np.array(column) for name, column in columns.items()}, errors, clusters)
+    return Sample(
+        {name: np.array(column) for name, column in columns.items()}, errors, clusters, places
+    )
 
 
 def best(rows: Iterable[dict[str, Any]], name: str) -> Sample:
     """Of every row the one among the first samples whose signal is highest."""
     columns: dict[str, list[float]] = {}
-    errors, clusters = [], []
+    errors, clusters, places = [], [], []
     for row in rows:
         candidates = [row["candidates"][index] for index in row["samples"][:NUM_SAMPLES]]
         chosen = max(candidates, key=lambda candidate: candidate["signals"][name])
         errors.append(chosen["error"])
         clusters.append(row["problem"])
+        places.append(row["step"])
         for signal, value in chosen["signals"].items():
             columns.setdefault(signal, []).append(value)
-    return Sample({name: np.array(column) for name, column in columns.items()}, errors, clusters)
+    return Sample(
+        {name: np.array(column) for name, column in columns.items()}, errors, clusters, places
+    )
 
 
 def with_ensembles(found: Sample, beta: float = 0.3) -> Sample:
@@ -88,7 +112,7 @@ def with_ensembles(found: Sample, beta: float = 0.3) -> Sample:
             values[f"{role} ensemble {sources}"] = beta * _normalised(values[log_prob]) + (
                 1 - beta
             ) * _normalised(values[grounding])
-    return Sample(values, found.errors, found.clusters)
+    return Sample(values, found.errors, found.clusters, found.places)
 
 
 def _normalised(values: Array) -> Array:
