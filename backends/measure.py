@@ -45,9 +45,9 @@ def compare(count: int, names: tuple[str, str]) -> None:
     engines = [load(BUILT_IN_PAIR, backend=name, dtype="float32") for name in names]
     paper = replace(find_pair(BUILT_IN_PAIR).verifier, **PRESETS["paper"])
     modes: dict[str, dict[str, Any]] = {
-        "sampled": {},
-        "greedy": {"sampling": GREEDY},
-        "preset paper": {"verifier": paper},
+        "sampled": {"num_candidates": 8},
+        "greedy": {"num_candidates": 8, "sampling": GREEDY},
+        "preset paper": {"num_candidates": 8, "verifier": paper, "selector": "draft"},
         "target, greedy": {"method": "target"},
     }
     click.echo("| settings | equal | " + " | ".join(f"{n} s / problem | tokens/s" for n in names))

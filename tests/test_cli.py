@@ -43,7 +43,7 @@ def test_a_problem_is_solved_and_shown() -> None:
 
 
 def test_json_is_one_object_and_nothing_else() -> None:
-    result = invoke("solve", SHELLS, "--json", "--detail")
+    result = invoke("solve", SHELLS, "--json", "--detail", "--k", "4")
     data = json.loads(result.stdout)
     assert result.stderr == ""
     assert data["answer"] == "21"

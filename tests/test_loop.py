@@ -236,9 +236,15 @@ def test_plain_decoding_is_greedy_by_default_and_asks_one_model_only(method: str
 
 def test_rewrites_follow_their_own_sampling() -> None:
     draft, target = Scripted("d", [WRONG, ANSWER]), Scripted("t", [RIGHT], {WRONG: -9})
-    run(draft, target, rewrite_sampling=Sampling(0.3, 0.9))
+    run(draft, target, rewrite_sampling=Sampling(0.3, 0.9), num_candidates=2)
     assert draft.called("propose")[0][2] == Sampling(0.7, 0.8)
     assert target.called("propose")[0][2] == Sampling(0.3, 0.9)
+
+
+def test_a_single_candidate_is_the_likeliest() -> None:
+    draft = Scripted("d", [GOOD, ANSWER])
+    run(draft, Scripted("t", []), num_candidates=1)
+    assert draft.called("propose")[0][2] == GREEDY
 
 
 def test_a_closed_stream_closes_its_sequences() -> None:

@@ -135,10 +135,10 @@ class SolveConfig:
 
     ``method`` "target" or "draft" is plain decoding by that model, "sd" token-level speculative
     sampling of the target in blocks of ``num_speculated`` tokens; ``rewrite`` "speculate" writes a
-    rejected step that way. ``sampling`` is how steps are
-    proposed (plain decoding: written); None means temperature 0.7 and top-p 0.8 for candidates and
-    greedy for plain decoding. ``selector`` names an embedder, whose medoid is kept, or is "target":
-    it reads all candidates in one pass and the best ensemble score is kept. ``detail`` keeps every
+    rejected step that way. ``sampling`` is how steps are proposed (plain decoding: written); None
+    means temperature 0.7 and top-p 0.8 for several candidates, greedy for one and for plain
+    decoding. ``selector`` names an embedder, whose medoid is kept, or is "target": it reads all
+    candidates in one pass and the best ensemble score is kept. ``detail`` keeps every
     candidate and the token arrays in the step records.
 
     Raises:
@@ -208,4 +208,6 @@ class SolveConfig:
         """How steps are proposed, or written in plain decoding."""
         if self.sampling is not None:
             return self.sampling
-        return Sampling() if self.method == "specguard" else GREEDY
+        # Sampling is what makes several candidates differ; a single one is to be the likeliest.
+        is_several = self.method == "specguard" and self.num_candidates > 1
+        return Sampling() if is_several else GREEDY

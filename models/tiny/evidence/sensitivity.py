@@ -9,6 +9,7 @@ from specguard.core.config import PRESETS, SolveConfig, ensemble_weights
 BETAS = (0.0, 0.3, 0.7, 1.0)
 THRESHOLDS = (0.5, 0.7, 0.9)
 EPSILONS = (0.0, 0.01)
+NUM_CANDIDATES = 8
 
 
 def weight_and_threshold(base: SolveConfig) -> list[Method]:
@@ -17,7 +18,7 @@ def weight_and_threshold(base: SolveConfig) -> list[Method]:
     found = [known_methods(base)["target"]]
     for beta, threshold in product(BETAS, THRESHOLDS):
         verifier = replace(paper, weights=ensemble_weights(beta), threshold=threshold)
-        changes = {"verifier": verifier, "selector": "draft"}
+        changes = {"num_candidates": NUM_CANDIDATES, "verifier": verifier, "selector": "draft"}
         found.append(Method(f"beta {beta}, threshold {threshold}", changes))
     return found
 
@@ -28,6 +29,6 @@ def layers_and_epsilon(base: SolveConfig, num_layers: int) -> list[Method]:
     found = [known_methods(base)["target"]]
     for count, epsilon in product(range(1, num_layers + 1), EPSILONS):
         verifier = replace(paper, num_layers=count, epsilon=epsilon)
-        changes = {"verifier": verifier, "selector": "draft"}
+        changes = {"num_candidates": NUM_CANDIDATES, "verifier": verifier, "selector": "draft"}
         found.append(Method(f"last {count} layers, epsilon {epsilon}", changes))
     return found

@@ -10,7 +10,15 @@ import numpy as np
 from specguard import Engine
 from specguard.backends.checkpoint import open_checkpoint
 from specguard.bench.journal import Journal
-from specguard.core import Boundary, Candidate, Capture, LanguageModel, Observation, PieceTable
+from specguard.core import (
+    Boundary,
+    Candidate,
+    Capture,
+    LanguageModel,
+    Observation,
+    PieceTable,
+    Sampling,
+)
 from specguard.core.config import Sources
 from specguard.core.embedders import load_embedder
 from specguard.core.grounding import grounding, source_mask
@@ -82,7 +90,7 @@ def _problem_rows(
             [samples] = draft.propose(
                 [ours],
                 max(NUM_SAMPLES),
-                engine.config.step_sampling,
+                engine.config.sampling or Sampling(),
                 boundary,
                 draws[np.newaxis],
             )
