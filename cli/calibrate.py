@@ -134,9 +134,7 @@ def _labelling(engine: Engine, verifier: Any, num_candidates: int | None) -> Eng
     """The engine with the settings that steps are proposed and read with."""
     config = engine.config
     if verifier is not None:
-        config = replace(
-            config, selector="draft" if config.selector == "target" else config.selector
-        )
+        config = replace(config, selector=config.embedder)
         config = replace(config, verifier=replace(config.verifier, model=verifier, bounds={}))
     if num_candidates is not None:
         config = replace(config, num_candidates=num_candidates)
@@ -144,6 +142,5 @@ def _labelling(engine: Engine, verifier: Any, num_candidates: int | None) -> Eng
 
 
 def _what_labels_depend_on(config: SolveConfig) -> str:
-    selector = "draft" if config.selector == "target" else config.selector
     verifier = replace(config.verifier, bounds={}, threshold=0.7, weights={})
-    return repr(replace(config, selector=selector, verifier=verifier))
+    return repr(replace(config, selector=config.embedder, verifier=verifier))

@@ -10,9 +10,7 @@ from typing import Any
 
 from specguard.bench.datasets import Item
 from specguard.bench.grading import Grader
-from specguard.core import GREEDY, Capture, Engine, Observation
-from specguard.core.embedders import load_embedder
-from specguard.core.grounding import source_mask
+from specguard.core import GREEDY, Engine
 from specguard.core.randomness import problem_key
 from specguard.core.selector import select_medoid
 from specguard.core.text import final_answer
@@ -53,15 +51,11 @@ def _writer(engine: Engine, problem: str) -> Writer:
 def _judge(engine: Engine, writer: Writer) -> tuple[str, dict[str, float]]:
     config = engine.config
     candidates = writer.propose("draft", config.num_candidates, config.step_sampling)
-    embedder = "draft" if config.selector == "target" else config.selector
-    selection = select_medoid(candidates, load_embedder(embedder))
+    selection = select_medoid(candidates, engine.embedder(config))
     selected = candidates[selection.index]
-    author, verifier = config.verifier.model, config.verifier
-    capture = None
-    if writer.models[author].capture_refusal is None:
-        is_source = source_mask(writer.prompt, len(writer.token_ids), verifier.sources)
-        capture = Capture(is_source, verifier.num_layers, verifier.epsilon)
-    observation: Observation = writer.read(author, selected.token_ids, capture)
+    verifier = config.verifier
+    capture = writer.capture(verifier)
+    observation = writer.read(verifier.model, selected.token_ids, capture)
     consistency = selection.similarities[selection.index]
     return selected.text, dict(verify(observation, capture, consistency, verifier).signals)
 

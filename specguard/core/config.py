@@ -204,6 +204,11 @@ class SolveConfig:
         return "draft", "target"
 
     @property
+    def embedder(self) -> str:
+        """What measures consistency: the selector's embedder, or the one that costs nothing."""
+        return "draft" if self.selector == TARGET_SELECTOR else self.selector
+
+    @property
     def step_sampling(self) -> Sampling:
         """How steps are proposed, or written in plain decoding."""
         if self.sampling is not None:

@@ -4,7 +4,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
-from specguard.core.config import TARGET_SELECTOR, SolveConfig
+from specguard.core.config import SolveConfig
 from specguard.core.embedders import load_embedder
 from specguard.core.loop import solve_steps
 from specguard.core.model import LanguageModel
@@ -72,14 +72,21 @@ class Engine:
                 raises.
         """
         config = replace(self.config, **changes)
-        # Plain decoding selects nothing, so it asks for no package. Beside the target's choice,
-        # consistency is by the embedding that costs nothing.
-        is_embedder = config.method == "specguard" and config.selector != TARGET_SELECTOR
-        selector = config.selector if is_embedder else "draft"
-        embed = self._embedders.get(selector)
-        if embed is None:
-            embed = self._embedders[selector] = load_embedder(selector)
+        embed = self.embedder(config)
         return StepStream(solve_steps(problem, self.draft, self.target, embed, config))
+
+    def embedder(self, config: SolveConfig) -> Embedder:
+        """What measures consistency under these settings; each one is loaded once.
+
+        Raises:
+            SpecguardError: its package or its model is not installed.
+        """
+        # Plain decoding selects nothing, so it asks for no package.
+        name = config.embedder if config.method == "specguard" else "draft"
+        embed = self._embedders.get(name)
+        if embed is None:
+            embed = self._embedders[name] = load_embedder(name)
+        return embed
 
     def solve(self, problem: str, **changes: Any) -> Solution:
         """The solution of a problem; arguments and errors as in `stream`."""

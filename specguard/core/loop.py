@@ -12,7 +12,6 @@ from typing import Any
 
 from specguard.core.config import TARGET_SELECTOR, Author, Method, SolveConfig
 from specguard.core.errors import SpecguardError, UsageError
-from specguard.core.grounding import source_mask
 from specguard.core.model import (
     Candidate,
     Capture,
@@ -133,7 +132,7 @@ class _Run:
         if self.config.selector != TARGET_SELECTOR or len(alternatives) == 1:
             return selection
         with self._phase("verify"):
-            self.capture = self._capture()
+            self.capture = self.writer.capture(self.config.verifier)
             scored = self.writer.score([candidates[index] for index in alternatives], self.capture)
             observations = dict(zip(alternatives, scored, strict=True))
             for index, observation in observations.items():
@@ -151,7 +150,7 @@ class _Run:
             return self.verdicts[selection.index]
         with self._phase("verify"):
             if config.needs_attention or (config.needs_model and config.model == "target"):
-                self.capture = self._capture()
+                self.capture = self.writer.capture(self.config.verifier)
                 self.observation = self.writer.read(config.model, selected.token_ids, self.capture)
             observation = self.observation or Observation(
                 selected.token_logprobs, selected.token_entropies
@@ -268,13 +267,6 @@ class _Run:
         started = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
-
-    def _capture(self) -> Capture | None:
-        verifier = self.config.verifier
-        if self.models[verifier.model].capture_refusal is not None:
-            return None
-        is_source = source_mask(self.prompt, len(self.writer.token_ids), verifier.sources)
-        return Capture(is_source, verifier.num_layers, verifier.epsilon)
 
     def _text_of(self, written: Candidate) -> str:
         """The step's text; after a cut it is read on from there, a character may span the two."""

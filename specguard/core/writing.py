@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from specguard.core.config import Author, SolveConfig
+from specguard.core.config import Author, SolveConfig, VerifierConfig
+from specguard.core.grounding import source_mask
 from specguard.core.model import (
     Boundary,
     Candidate,
@@ -98,6 +99,13 @@ class Writer:
         [observations] = self.models["target"].score([sequence], [continuations], [capture])
         self.num_verified_tokens += sum(map(len, continuations))
         return observations
+
+    def capture(self, verifier: VerifierConfig) -> Capture | None:
+        """What the verifying model is to read of its attention, None where it cannot."""
+        if self.models[verifier.model].capture_refusal is not None:
+            return None
+        is_source = source_mask(self.prompt, len(self.token_ids), verifier.sources)
+        return Capture(is_source, verifier.num_layers, verifier.epsilon)
 
     def commit(self, author: Author, candidate: Candidate) -> None:
         """A model holds what it proposed or scored."""
