@@ -40,10 +40,14 @@ class Draft:
         return self.finish is None
 
 
-def check_prompt(prompt: Prompt) -> None:
-    """Refuse an empty prompt."""
+def check_prompt(prompt: Prompt, prefix: TokenSequence | None) -> None:
+    """Refuse an empty prompt, and a prefix that is not how it begins."""
     if not prompt.token_ids:
         raise ValueError("a prompt needs at least one token")
+    if prefix is not None:
+        known = tuple(prefix.token_ids)
+        if known != prompt.token_ids[: len(known)]:
+            raise ValueError("the prompt does not begin with the prefix")
 
 
 def check_sequences(sequences: Sequence[TokenSequence]) -> None:

@@ -60,6 +60,7 @@ def warp(logits: FloatArray, sampling: Sampling) -> FloatArray:
 class ReferenceModel:
     capture_refusal = None
     context_limit = 512
+    num_bytes_per_token = 1
 
     def __init__(self, seed: int, vocab_size: int = 128, num_layers: int = 4) -> None:
         rng = np.random.default_rng(seed)
@@ -73,7 +74,11 @@ class ReferenceModel:
         before = token_ids[-2] if len(token_ids) > 1 else 0
         return np.asarray(self.first[token_ids[-1]] + self.second[before])
 
-    def start(self, prompt: Prompt) -> CheckedSequence:
+    def start(self, prompt: Prompt, prefix: CheckedSequence | None = None) -> CheckedSequence:
+        if prefix is not None:
+            prefix.check_open()
+            if tuple(prefix.token_ids) != prompt.token_ids[: len(prefix.token_ids)]:
+                raise ValueError("the prompt begins otherwise")
         return CheckedSequence(list(prompt.token_ids))
 
     def propose(

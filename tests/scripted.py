@@ -65,6 +65,7 @@ class Scripted:
     logprobs: dict[str, float] = field(default_factory=dict)
     source_mass: dict[str, float] = field(default_factory=dict)
     context_limit: int = 4096
+    num_bytes_per_token: int = 8
     capture_refusal: str | None = None
     tokenizer: CharTokenizer = field(default_factory=CharTokenizer)
     fail_at: str | None = None
@@ -81,7 +82,7 @@ class Scripted:
         if verb == self.fail_at:
             raise RuntimeError(f"{verb} failed")
 
-    def start(self, prompt: Prompt) -> FakeSequence:
+    def start(self, prompt: Prompt, prefix: FakeSequence | None = None) -> FakeSequence:
         self._log("start")
         self.sequences.append(FakeSequence(list(prompt.token_ids)))
         return self.sequences[-1]

@@ -50,10 +50,11 @@ class Forward:
         """An empty buffer."""
         return KVBuffer(self.num_layers)
 
-    def prefill(self, buffer: KVBuffer, token_ids: Sequence[int]) -> None:
-        """Fill an empty buffer with the columns of a prompt; no logits are computed."""
-        for start in range(0, len(token_ids), _PREFILL_CHUNK):
-            chunk = token_ids[start : start + _PREFILL_CHUNK]
+    def prefill(self, buffer: KVBuffer, token_ids: Sequence[int], num_cached: int = 0) -> None:
+        """Fill a buffer with a prompt's columns from one on; no logits are computed."""
+        for first in range(0, len(token_ids), _PREFILL_CHUNK):
+            chunk = token_ids[first : first + _PREFILL_CHUNK]
+            start = num_cached + first
             row = Row(buffer, start, length=len(chunk))
             self.run([row], mx.array([chunk]), start)
             mx.eval(buffer.arrays())
@@ -131,6 +132,7 @@ class Forward:
             logits = self.logits(self.run([row], mx.array([[1], [2]]), 1)[:, 0])
             rows = [Row(buffer, 1, length=2), Row(self.new_buffer(), 0)]
             mx.eval(logits, self.run(rows, mx.array([[1, 2], [1, 0]]), mx.array([1, 0])))
+            self.num_bytes_per_token = buffer.num_bytes_per_token
         except SpecguardError as error:
             raise SpecguardError(f"{self._name}: {error.message}", error.hint) from error
         except Exception as error:

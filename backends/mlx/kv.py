@@ -21,6 +21,11 @@ class KVBuffer:
         self.keys: list[Any] = [None] * num_layers
         self.values: list[Any] = [None] * num_layers
 
+    @property
+    def num_bytes_per_token(self) -> int:
+        """What a column takes, once something is written."""
+        return sum(array.nbytes // array.shape[2] for array in self.arrays())
+
     def write(self, layer: int, start: int, key: mx.array, value: mx.array) -> None:
         """Store columns [1, kv_heads, n, dim] from ``start`` on."""
         self.keys[layer] = _written(self.keys[layer], key, start)

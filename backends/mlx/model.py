@@ -109,14 +109,23 @@ class MlxModel:
         """Most tokens that a sequence may hold."""
         return self._context_limit
 
+    @property
+    def num_bytes_per_token(self) -> int:
+        """What one token's keys and values take."""
+        return self._forward.num_bytes_per_token
+
     @_names_memory_errors
-    def start(self, prompt: Prompt) -> MlxSequence:
+    def start(self, prompt: Prompt, prefix: MlxSequence | None = None) -> MlxSequence:
         """Forward all tokens of the prompt but the last."""
-        check_prompt(prompt)
-        sequence = MlxSequence([prompt.token_ids[0]], self._forward.new_buffer())
-        check_room(sequence, len(prompt.token_ids) - 1, self.context_limit)
-        self._forward.prefill(sequence.writable(), prompt.token_ids[:-1])
-        sequence.append(prompt.token_ids[1:])
+        check_prompt(prompt, prefix)
+        if prefix is None:
+            sequence = MlxSequence([prompt.token_ids[0]], self._forward.new_buffer())
+        else:
+            sequence = prefix.fork()
+        num_known, num_cached = len(sequence.token_ids), sequence.num_cached
+        check_room(sequence, len(prompt.token_ids) - num_known, self.context_limit)
+        self._forward.prefill(sequence.writable(), prompt.token_ids[num_cached:-1], num_cached)
+        sequence.append(prompt.token_ids[num_known:])
         return sequence
 
     @_names_memory_errors

@@ -130,16 +130,18 @@ class Forward:
         is_held = columns < self.tensor(lengths).unsqueeze(1)
         return Layout(buffer, columns, torch.where(is_held, SHARED, NOBODY))
 
-    def prefill(self, buffer: KVBuffer, token_ids: Sequence[int]) -> None:
-        """Fill an empty buffer with the columns of a prompt; no logits are computed."""
-        layout = self.layout([buffer], [0])
-        positions = torch.arange(len(token_ids), device=self.device).unsqueeze(0)
+    def prefill(self, buffer: KVBuffer, token_ids: Sequence[int], num_cached: int = 0) -> None:
+        """Fill a buffer with a prompt's columns from one on; no logits are computed."""
+        layout = self.layout([buffer], [num_cached])
+        positions = torch.arange(len(token_ids), device=self.device).unsqueeze(0) + num_cached
         owners = torch.full_like(positions, SHARED)
         layout.append(positions, owners)
-        attention = AttentionPass(is_causal=True)
+        attention = AttentionPass(is_causal=num_cached == 0)
+        if num_cached:
+            attention.mask = layout.visible(positions, owners)
         tokens = self.tensor([token_ids])
         if self._lean is not None:
-            self._lean(tokens, positions, buffer, 0, attention)
+            self._lean(tokens, positions, buffer, num_cached, attention)
         else:
             self._call(self.model.base_model, layout, tokens, positions, owners, attention)
 
@@ -275,8 +277,10 @@ class Forward:
 
     @torch.inference_mode()
     def _probe(self, name: str) -> None:
+        buffer = self.new_buffer()
         try:
-            self.run(self.layout([self.new_buffer()], [0]), [[0, 1, 2]], [[0, 1, 2]])
+            self.run(self.layout([buffer], [0]), [[0, 1, 2]], [[0, 1, 2]])
+            self.num_bytes_per_token = buffer.num_bytes_per_token
         except SpecguardError:
             raise
         except Exception as error:

@@ -21,6 +21,12 @@ class KVBuffer:
         self.values: list[Tensor | None] = [None] * num_layers
         self.num_users = 1
 
+    @property
+    def num_bytes_per_token(self) -> int:
+        """What a column of one row takes, once something is written."""
+        held = [part[0, :, 0] for part in self.keys + self.values if part is not None]
+        return sum(part.numel() * part.element_size() for part in held)
+
     def write(self, layer: int, start: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store columns [rows, kv_heads, n, dim] from ``start`` on; return all up to them."""
         stop = start + key.shape[2]

@@ -79,19 +79,29 @@ class TorchModel:
         return self._context_limit
 
     @property
+    def num_bytes_per_token(self) -> int:
+        """What one token's keys and values take."""
+        return self._forward.num_bytes_per_token
+
+    @property
     def capture_refusal(self) -> str | None:
         """Why attention cannot be captured, or None."""
         return self._forward.capture_refusal
 
     @torch.inference_mode()
-    def start(self, prompt: Prompt) -> TorchSequence:
+    def start(self, prompt: Prompt, prefix: TorchSequence | None = None) -> TorchSequence:
         """Forward all tokens of the prompt but the last."""
-        check_prompt(prompt)
-        sequence = BufferedSequence([prompt.token_ids[0]], self._forward.new_buffer())
-        check_room(sequence, len(prompt.token_ids) - 1, self.context_limit)
-        if len(prompt.token_ids) > 1:
-            self._forward.prefill(sequence.writable(), prompt.token_ids[:-1])
-        sequence.append(prompt.token_ids[1:])
+        check_prompt(prompt, prefix)
+        if prefix is None:
+            sequence = BufferedSequence([prompt.token_ids[0]], self._forward.new_buffer())
+        else:
+            sequence = prefix.fork()
+        num_known, num_cached = len(sequence.token_ids), sequence.num_cached
+        check_room(sequence, len(prompt.token_ids) - num_known, self.context_limit)
+        unread = prompt.token_ids[num_cached:-1]
+        if unread:
+            self._forward.prefill(sequence.writable(), unread, num_cached)
+        sequence.append(prompt.token_ids[num_known:])
         return sequence
 
     @torch.inference_mode()

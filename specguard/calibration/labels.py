@@ -12,6 +12,7 @@ from specguard.bench.datasets import Item
 from specguard.bench.grading import Grader
 from specguard.core import GREEDY, Engine
 from specguard.core.randomness import problem_key
+from specguard.core.requests import done
 from specguard.core.selector import select_medoid
 from specguard.core.text import final_answer
 from specguard.core.verifier import verify
@@ -50,12 +51,12 @@ def _writer(engine: Engine, problem: str) -> Writer:
 
 def _judge(engine: Engine, writer: Writer) -> tuple[str, dict[str, float]]:
     config = engine.config
-    candidates = writer.propose("draft", config.num_candidates, config.step_sampling)
+    candidates = done(writer.propose("draft", config.num_candidates, config.step_sampling))
     selection = select_medoid(candidates, engine.embedder(config))
     selected = candidates[selection.index]
     verifier = config.verifier
     capture = writer.capture(verifier)
-    observation = writer.read(verifier.model, selected.token_ids, capture)
+    observation = done(writer.read(verifier.model, selected.token_ids, capture))
     consistency = selection.similarities[selection.index]
     return selected.text, dict(verify(observation, capture, consistency, verifier).signals)
 
@@ -66,7 +67,7 @@ def _reaches(engine: Engine, item: Item, grader: Grader, start: list[int]) -> bo
         writer.append(tuple(start))
         text = writer.tokenizer.decode(start)
         while final_answer(text) is None and writer.room > 0:
-            [step] = writer.propose("target", 1, GREEDY)
+            [step] = done(writer.propose("target", 1, GREEDY))
             writer.commit("target", step)
             writer.append(step.token_ids)
             writer.step += 1

@@ -3,6 +3,7 @@
 from specguard.core.config import SolveConfig, VerifierConfig, ensemble_weights
 from specguard.core.engine import Engine
 from specguard.core.errors import SpecguardError, UsageError
+from specguard.core.fallback import DraftCost
 from specguard.core.loop import solve_steps
 from specguard.core.model import (
     GREEDY,
@@ -19,6 +20,8 @@ from specguard.core.model import (
     TokenSequence,
 )
 from specguard.core.records import Solution, Stats, StepRecord
+from specguard.core.reward import RewardModel, RewardSequence
+from specguard.core.schedule import Finished, Task, solve_many
 from specguard.core.text import PieceTable, StepScanner, final_answer
 
 __all__ = [
@@ -28,11 +31,15 @@ __all__ = [
     "Boundary",
     "Candidate",
     "Capture",
+    "DraftCost",
     "Engine",
+    "Finished",
     "LanguageModel",
     "Observation",
     "PieceTable",
     "Prompt",
+    "RewardModel",
+    "RewardSequence",
     "Sampling",
     "Solution",
     "SolveConfig",
@@ -40,11 +47,13 @@ __all__ = [
     "Stats",
     "StepRecord",
     "StepScanner",
+    "Task",
     "TokenSequence",
     "Tokenizer",
     "UsageError",
     "VerifierConfig",
     "ensemble_weights",
     "final_answer",
+    "solve_many",
     "solve_steps",
 ]

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from specguard.core.errors import UsageError
+from specguard.core.fallback import DraftCost
 from specguard.core.model import GREEDY, Sampling
 
-Method = Literal["specguard", "target", "draft", "sd"]
+Method = Literal["specguard", "rsd", "target", "draft", "sd"]
 Rewrite = Literal["decode", "speculate"]
 Author = Literal["draft", "target"]
 Sources = Literal["problem", "context"]
@@ -135,7 +136,11 @@ class SolveConfig:
 
     ``method`` "target" or "draft" is plain decoding by that model, "sd" token-level speculative
     sampling of the target in blocks of ``num_speculated`` tokens; ``rewrite`` "speculate" writes a
-    rejected step that way. ``sampling`` is how steps are proposed (plain decoding: written); None
+    rejected step that way. "rsd" is reward-guided speculative decoding (Liao et al. 2025): a
+    process reward model judges the draft's steps, which pass from ``reward_threshold`` on; one
+    candidate a step is usual there. ``num_first_candidates`` are drawn first and the others only
+    where these disagree. ``draft_cost`` lets the target go on alone while drafting does not pay;
+    None drafts always. ``sampling`` is how steps are proposed (plain decoding: written); None
     means temperature 0.7 and top-p 0.8 for several candidates, greedy for one and for plain
     decoding. ``selector`` names an embedder, whose medoid is kept, or is "target": it reads all
     candidates in one pass and the best ensemble score is kept. ``detail`` keeps every
@@ -148,10 +153,13 @@ class SolveConfig:
 
     method: Method = "specguard"
     num_candidates: int = 16
+    num_first_candidates: int | None = None
     sampling: Sampling | None = None
     rewrite_sampling: Sampling = GREEDY
     rewrite: Rewrite = "decode"
     num_speculated: int = 4
+    reward_threshold: float = 0.7
+    draft_cost: DraftCost | None = None
     selector: str = "draft"
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     delimiter: str = "\n\n"
@@ -164,8 +172,9 @@ class SolveConfig:
     detail: bool = False
 
     def __post_init__(self) -> None:
-        if self.method not in ("specguard", "target", "draft", "sd"):
-            raise UsageError(f"method must be specguard, target, draft or sd, not {self.method!r}")
+        if self.method not in get_args(Method):
+            known = ", ".join(get_args(Method))
+            raise UsageError(f"no method is called {self.method!r}", f"methods: {known}")
         if self.rewrite not in ("decode", "speculate"):
             raise UsageError(f"rewrite must be decode or speculate, not {self.rewrite!r}")
         for name in (
@@ -177,6 +186,13 @@ class SolveConfig:
         ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        first = self.num_first_candidates
+        if first is not None and not 2 <= first <= self.num_candidates:
+            raise UsageError(
+                f"candidates drawn first must be 2 to {self.num_candidates}, not {first}"
+            )
+        if not 0 <= self.reward_threshold <= 1:
+            raise UsageError(f"reward_threshold must lie in [0, 1], not {self.reward_threshold}")
         if not 0 <= self.seed < 2**64:
             raise UsageError(f"seed must lie in [0, 2**64), not {self.seed}")
         if not self.delimiter.isascii() or not self.delimiter:
@@ -204,6 +220,11 @@ class SolveConfig:
         return "draft", "target"
 
     @property
+    def is_stepwise(self) -> bool:
+        """Whether the draft proposes steps that something judges."""
+        return self.method in ("specguard", "rsd")
+
+    @property
     def embedder(self) -> str:
         """What measures consistency: the selector's embedder, or the one that costs nothing."""
         return "draft" if self.selector == TARGET_SELECTOR else self.selector
@@ -214,5 +235,5 @@ class SolveConfig:
         if self.sampling is not None:
             return self.sampling
         # Sampling is what makes several candidates differ; a single one is to be the likeliest.
-        is_several = self.method == "specguard" and self.num_candidates > 1
+        is_several = self.is_stepwise and self.num_candidates > 1
         return Sampling() if is_several else GREEDY

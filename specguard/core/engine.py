@@ -6,10 +6,12 @@ from typing import Any
 
 from specguard.core.config import SolveConfig
 from specguard.core.embedders import load_embedder
-from specguard.core.loop import solve_steps
+from specguard.core.loop import solve_by_requests, solve_steps
 from specguard.core.model import LanguageModel
 from specguard.core.pairing import check_pair
 from specguard.core.records import Solution, StepRecord
+from specguard.core.requests import Request
+from specguard.core.reward import RewardModel
 from specguard.core.selector import Embedder
 
 
@@ -45,6 +47,8 @@ class StepStream(Iterator[StepRecord]):
 class Engine:
     """Solves problems with a draft and a target; a plain method needs one of them only.
 
+    ``reward`` judges the draft's steps in method "rsd".
+
     Raises:
         SpecguardError: the two models map text to different token ids.
     """
@@ -54,12 +58,14 @@ class Engine:
         draft: LanguageModel[Any] | None = None,
         target: LanguageModel[Any] | None = None,
         config: SolveConfig | None = None,
+        reward: RewardModel | None = None,
     ) -> None:
         if draft is not None and target is not None:
             check_pair(draft, target)
         self.draft = draft
         self.target = target
         self.config = config or SolveConfig()
+        self.reward = reward
         self._embedders: dict[str, Embedder] = {}
 
     def stream(self, problem: str, **changes: Any) -> StepStream:
@@ -71,9 +77,25 @@ class Engine:
             UsageError: a change that `SolveConfig` refuses. While iterating, what `solve_steps`
                 raises.
         """
-        config = replace(self.config, **changes)
+        config = self.configured(**changes)
         embed = self.embedder(config)
-        return StepStream(solve_steps(problem, self.draft, self.target, embed, config))
+        return StepStream(solve_steps(problem, self.draft, self.target, embed, config, self.reward))
+
+    def requests(
+        self, problem: str, **changes: Any
+    ) -> Generator[Request | StepRecord, Any, Solution]:
+        """`stream`, with the calls of the models left to whoever sends their results."""
+        config = self.configured(**changes)
+        embed = self.embedder(config)
+        return solve_by_requests(problem, self.draft, self.target, embed, config, self.reward)
+
+    def configured(self, **changes: Any) -> SolveConfig:
+        """The engine's settings with changes.
+
+        Raises:
+            UsageError: a change that `SolveConfig` refuses.
+        """
+        return replace(self.config, **changes)
 
     def embedder(self, config: SolveConfig) -> Embedder:
         """What measures consistency under these settings; each one is loaded once.

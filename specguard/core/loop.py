@@ -1,7 +1,8 @@
 """The step loop: propose, select, verify, then accept or rewrite; one record per step.
 
-Knows the seam (`specguard.core.model`) and nothing of the models behind it. Plain decoding by the
-target or the draft alone runs through the same loop and statistics.
+Knows the seam (`specguard.core.model`) and nothing of the models behind it, nor of other problems:
+what it wants of a model it yields as a request. Plain decoding by the target or the draft alone
+runs through the same loop and statistics.
 """
 
 import time
@@ -10,13 +11,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from specguard.core.config import TARGET_SELECTOR, Author, Method, SolveConfig
+from specguard.core.config import TARGET_SELECTOR, Author, SolveConfig
 from specguard.core.errors import SpecguardError, UsageError
+from specguard.core.fallback import Fallback
 from specguard.core.model import (
     Candidate,
     Capture,
     LanguageModel,
     Observation,
+    Sampling,
 )
 from specguard.core.randomness import problem_key
 from specguard.core.records import (
@@ -29,9 +32,11 @@ from specguard.core.records import (
     TokenArrays,
     summarise,
 )
+from specguard.core.requests import Request, T, Work, perform
+from specguard.core.reward import RewardModel, RewardSequence
 from specguard.core.selector import Embedder, Selection, best_verdict, distinct, select_medoid
 from specguard.core.text import final_answer, is_looping
-from specguard.core.verifier import Verdict, verify
+from specguard.core.verifier import Verdict, by_reward, verify
 from specguard.core.writing import Writer, Written
 
 MAX_LOOP_PERIOD, NUM_LOOP_ROUNDS = 4, 3  # steps: the same four or fewer, three times over
@@ -44,31 +49,58 @@ def solve_steps(
     target: LanguageModel[Any] | None,
     embed: Embedder,
     config: SolveConfig,
+    reward: RewardModel | None = None,
 ) -> Generator[StepRecord, None, Solution]:
     """Yield the steps of a solution as they are decided and return the solution.
 
-    A plain method needs its own model only. Closing the generator closes every sequence.
+    A method needs its own models only. Closing the generator closes every sequence.
 
     Raises:
         UsageError: a blank problem, or a model that the method needs is missing.
         SpecguardError: the problem does not fit the context window, or attention is weighed and
             the verifying model cannot be captured.
     """
-    run = _Run(problem, draft, target, embed, config)
+    solving = solve_by_requests(problem, draft, target, embed, config, reward)
+    try:
+        result = None
+        while True:
+            event = solving.send(result)
+            if isinstance(event, StepRecord):
+                yield event
+                result = None
+            else:
+                [result] = perform([event])
+    except StopIteration as stop:
+        solution: Solution = stop.value
+        return solution
+    finally:
+        solving.close()
+
+
+def solve_by_requests(
+    problem: str,
+    draft: LanguageModel[Any] | None,
+    target: LanguageModel[Any] | None,
+    embed: Embedder,
+    config: SolveConfig,
+    reward: RewardModel | None = None,
+) -> Generator[Request | StepRecord, Any, Solution]:
+    """`solve_steps`, but for the calls of the models: who sends their results may share them."""
+    run = _Run(problem, draft, target, embed, config, reward)
     try:
         while run.finish_reason is None:
-            if config.method != "specguard":
-                yield run.write_alone(config.method)
+            if run.is_alone:
+                yield (yield from run.write_alone())
                 continue
-            candidates = run.propose()
-            selection = run.select(candidates)
+            candidates = yield from run.propose()
+            selection = yield from run.select(candidates)
             selected = candidates[selection.index]
-            verdict = run.verify(selected, selection)
+            verdict = yield from run.verify(selected, selection)
             if verdict.is_accepted:
                 run.accept(selected)
                 yield run.record("accepted", Written(selected), candidates, selection, verdict)
             else:
-                rewritten = run.rewrite()
+                rewritten = yield from run.rewrite()
                 yield run.record("rewritten", rewritten, candidates, selection, verdict)
         return run.solution()
     finally:
@@ -85,6 +117,7 @@ class _Run:
         target: LanguageModel[Any] | None,
         embed: Embedder,
         config: SolveConfig,
+        reward: RewardModel | None,
     ) -> None:
         self.config = config
         self.embed = embed
@@ -102,6 +135,8 @@ class _Run:
                 f"holds {self.writer.context_limit}",
                 "shorten the problem or choose a pair with a longer context",
             )
+        self.fallback = Fallback(config.draft_cost)
+        self.judge = _judge(problem, reward, config)
         self.steps: list[StepRecord] = []
         self.text = ""
         self.cut_ids: list[int] = []  # tokens since the last step that ended by itself
@@ -110,53 +145,84 @@ class _Run:
         self.finish_reason: FinishReason | None = None
         self.capture: Capture | None = None
         self.observation: Observation | None = None
+        self.num_spared = 0
         self.verdicts: dict[int, Verdict] = {}  # of candidates that no sequence has taken in yet
         self.started = time.perf_counter()
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether one model writes the next step and nothing judges it."""
+        return not self.config.is_stepwise or self.fallback.is_on
+
     # The phases of a step, in the order of the loop.
 
-    def propose(self) -> list[Candidate]:
-        """The draft's candidates for the next step."""
-        with self._phase("propose"):
-            return self.writer.propose(
-                "draft", self.config.num_candidates, self.config.step_sampling
-            )
+    def propose(self) -> Work[list[Candidate]]:
+        """The draft's candidates for the next step: a few first, if so wished, then the others."""
+        config = self.config
+        k, sampling = config.num_candidates, config.step_sampling
+        first = config.num_first_candidates or k
+        few = self.writer.propose("draft", first, sampling)
+        candidates = yield from self._timed("propose", few)
+        self.num_spared = k - first
+        if self.num_spared and len(distinct(candidates)) > 1:
+            more = self.writer.propose_more(candidates, k, sampling)
+            candidates = yield from self._timed("propose", more)
+            self.num_spared = 0
+        return candidates
 
-    def select(self, candidates: list[Candidate]) -> Selection:
+    def select(self, candidates: list[Candidate]) -> Work[Selection]:
         """The most consistent candidate, or the one that the target scores highest."""
         self.capture = self.observation = None
         self.verdicts = {}
         with self._phase("select"):
             selection = select_medoid(candidates, self.embed)
             alternatives = distinct(candidates)
-        if self.config.selector != TARGET_SELECTOR or len(alternatives) == 1:
+        if (
+            self.config.selector != TARGET_SELECTOR
+            or self.config.method != "specguard"
+            or len(alternatives) == 1
+        ):
             return selection
-        with self._phase("verify"):
-            self.capture = self.writer.capture(self.config.verifier)
-            scored = self.writer.score([candidates[index] for index in alternatives], self.capture)
-            observations = dict(zip(alternatives, scored, strict=True))
-            for index, observation in observations.items():
-                self.verdicts[index] = verify(
-                    observation, self.capture, selection.similarities[index], self.config.verifier
-                )
-            best = best_verdict(self.verdicts)
-            self.observation = observations[best]
-            return Selection(best, selection.similarities)
+        return (yield from self._timed("verify", self._score(candidates, alternatives, selection)))
 
-    def verify(self, selected: Candidate, selection: Selection) -> Verdict:
+    def _score(
+        self, candidates: list[Candidate], alternatives: list[int], selection: Selection
+    ) -> Work[Selection]:
+        self.capture = self.writer.capture(self.config.verifier)
+        scored = yield from self.writer.score(
+            [candidates[index] for index in alternatives], self.capture
+        )
+        observations = dict(zip(alternatives, scored, strict=True))
+        for index, observation in observations.items():
+            self.verdicts[index] = verify(
+                observation, self.capture, selection.similarities[index], self.config.verifier
+            )
+        best = best_verdict(self.verdicts)
+        self.observation = observations[best]
+        return Selection(best, selection.similarities)
+
+    def verify(self, selected: Candidate, selection: Selection) -> Work[Verdict]:
         """Judge the selected candidate; a verifying pass is also its KV in that model."""
-        config = self.config.verifier
         if selection.index in self.verdicts:
             return self.verdicts[selection.index]
-        with self._phase("verify"):
-            if config.needs_attention or (config.needs_model and config.model == "target"):
-                self.capture = self.writer.capture(self.config.verifier)
-                self.observation = self.writer.read(config.model, selected.token_ids, self.capture)
-            observation = self.observation or Observation(
-                selected.token_logprobs, selected.token_entropies
+        return (yield from self._timed("verify", self._verify(selected, selection)))
+
+    def _verify(self, selected: Candidate, selection: Selection) -> Work[Verdict]:
+        config = self.config.verifier
+        if self.judge is not None:
+            texts = [step.text for step in self.steps]
+            return by_reward(
+                self.judge.rewards([*texts, selected.text])[-1], self.config.reward_threshold
             )
-            consistency = selection.similarities[selection.index]
-            return verify(observation, self.capture, consistency, config)
+        if config.needs_attention or (config.needs_model and config.model == "target"):
+            self.capture = self.writer.capture(config)
+            self.observation = yield from self.writer.read(
+                config.model, selected.token_ids, self.capture
+            )
+        observation = self.observation or Observation(
+            selected.token_logprobs, selected.token_entropies
+        )
+        return verify(observation, self.capture, selection.similarities[selection.index], config)
 
     def accept(self, selected: Candidate) -> None:
         """Keep the draft's step: its KV is committed, unless verifying it already did so."""
@@ -168,31 +234,39 @@ class _Run:
                 self.writer.commit("target", replace(selected, handle=self.observation.handle))
             self.writer.append(selected.token_ids)
 
-    def rewrite(self) -> Written:
+    def rewrite(self) -> Work[Written]:
         """Take the rejected step back and have the target write it."""
-        with self._phase("rewrite"):
-            if self.observation is not None and not self.verdicts:
-                self.writer.take_back(self.config.verifier.model)
-            if self.config.rewrite == "speculate":
-                return self.writer.speculate(self.config.rewrite_sampling)
-            [rewritten] = self.writer.propose("target", 1, self.config.rewrite_sampling)
-            self.writer.commit("target", rewritten)
-            self.writer.append(rewritten.token_ids)
-            return Written(rewritten)
+        return (yield from self._timed("rewrite", self._rewrite()))
 
-    def write_alone(self, method: Method) -> StepRecord:
+    def _rewrite(self) -> Work[Written]:
+        if self.observation is not None and not self.verdicts:
+            self.writer.take_back(self.config.verifier.model)
+        sampling = self.config.rewrite_sampling
+        if self.config.rewrite == "speculate":
+            return (yield from self.writer.speculate(sampling))
+        return (yield from self._write("target", sampling))
+
+    def write_alone(self) -> Work[StepRecord]:
         """The next step by one model, nothing judging it; "sd" lets the draft guess tokens."""
-        sampling = self.config.step_sampling
+        method, sampling = self.config.method, self.config.step_sampling
+        if self.fallback.is_on:
+            self.fallback.saw_plain()
+            written = yield from self._timed(
+                "rewrite", self._write("target", self.config.rewrite_sampling)
+            )
+            return self.record("plain", written, [], is_fallback=True)
         if method == "sd":
-            with self._phase("rewrite"):
-                return self.record("plain", self.writer.speculate(sampling), [])
+            written = yield from self._timed("rewrite", self.writer.speculate(sampling))
+            return self.record("plain", written, [])
         author: Author = "target" if method == "target" else "draft"
-        with self._phase("propose"):
-            [step] = self.writer.propose(author, 1, sampling)
-        with self._phase("commit"):
-            self.writer.commit(author, step)
-            self.writer.append(step.token_ids)
-        return self.record("plain", Written(step), [step] if author == "draft" else [])
+        written = yield from self._timed("propose", self._write(author, sampling))
+        return self.record("plain", written, [written.step] if author == "draft" else [])
+
+    def _write(self, author: Author, sampling: Sampling) -> Work[Written]:
+        [step] = yield from self.writer.propose(author, 1, sampling)
+        self.writer.commit(author, step)
+        self.writer.append(step.token_ids)
+        return Written(step)
 
     # Records.
 
@@ -203,6 +277,7 @@ class _Run:
         candidates: list[Candidate],
         selection: Selection | None = None,
         verdict: Verdict | None = None,
+        is_fallback: bool = False,
     ) -> StepRecord:
         """Close the step: its record, and whether the solution ends with it."""
         selected = candidates[selection.index] if selection else written.step
@@ -219,7 +294,7 @@ class _Run:
             num_drafted=sum(len(candidate.token_ids) for candidate in candidates),
             signals=dict(verdict.signals) if verdict else {},
             scores=dict(verdict.scores) if verdict else {},
-            threshold=self.config.verifier.threshold if verdict else None,
+            threshold=self._threshold if verdict else None,
             seconds=self.seconds,
             draft_text=selected.text if decision == "rewritten" else None,
             selected=selection.index if selection else None,
@@ -227,7 +302,16 @@ class _Run:
             tokens=self._token_arrays(selected, verdict),
             num_guessed=written.num_guessed,
             num_kept=written.num_kept,
+            is_fallback=is_fallback,
+            num_spared=self.num_spared if verdict else 0,
         )
+        if verdict is not None:
+            self.fallback.saw_drafted(
+                len(candidates),
+                max(len(candidate.token_ids) for candidate in candidates),
+                step.num_tokens,
+                verdict.is_accepted,
+            )
         self.seconds = {}
         self.steps.append(step)
         self.writer.step = len(self.steps)
@@ -259,14 +343,37 @@ class _Run:
     def close(self) -> None:
         """Close every sequence."""
         self.writer.close()
+        if self.judge is not None:
+            self.judge.close()
 
     # Parts.
+
+    @property
+    def _threshold(self) -> float:
+        is_rsd = self.config.method == "rsd"
+        return self.config.reward_threshold if is_rsd else self.config.verifier.threshold
+
+    def _timed(self, phase: Phase, work: Work[T]) -> Work[T]:
+        """Do the work on this phase's account: its own time, and its share of the calls."""
+        result = None
+        while True:
+            try:
+                with self._phase(phase):
+                    request = work.send(result)
+            except StopIteration as stop:
+                found: T = stop.value
+                return found
+            result = yield request
+            self.seconds[phase] += request.seconds
 
     @contextmanager
     def _phase(self, phase: Phase) -> Iterator[None]:
         started = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
 
     def _text_of(self, written: Candidate) -> str:
         """The step's text; after a cut it is read on from there, a character may span the two."""
@@ -328,6 +435,15 @@ class _Run:
         if self.writer.room < 1 or len(self.steps) >= self.config.max_steps:
             return "length"
         return None
+
+
+def _judge(problem: str, reward: RewardModel | None, config: SolveConfig) -> RewardSequence | None:
+    """What judges steps in reward-guided decoding, None in every other method."""
+    if config.method != "rsd":
+        return None
+    if reward is None:
+        raise UsageError("method 'rsd' needs a reward model", "name one, or choose another method")
+    return reward.start(problem)
 
 
 def _models_in_use(

@@ -220,8 +220,15 @@ class LanguageModel(Protocol[S]):
     def capture_refusal(self) -> str | None:
         """Why `extend` cannot capture attention, or None where it can."""
 
-    def start(self, prompt: Prompt) -> S:
-        """Read a prompt once; all but its last token are forwarded."""
+    @property
+    def num_bytes_per_token(self) -> int:
+        """What one token's keys and values take."""
+
+    def start(self, prompt: Prompt, prefix: S | None = None) -> S:
+        """Read a prompt once; all but its last token are forwarded.
+
+        ``prefix`` holds the prompt's first tokens: it stays as it is, and they are not read again.
+        """
 
     def propose(
         self,

@@ -55,6 +55,8 @@ class StepRecord:
     [0, 1], ``ensemble`` among them; both are empty in plain decoding. ``seconds`` is wall time by
     phase. ``num_drafted`` counts the draft's tokens over all candidates. In token-level speculation
     the draft guessed ``num_guessed`` tokens, of which ``num_kept`` stand in the text.
+    ``is_fallback`` marks a step that the target wrote because drafting did not pay;
+    ``num_spared`` candidates were not drawn because the first ones agreed.
     """
 
     index: int
@@ -73,6 +75,8 @@ class StepRecord:
     tokens: TokenArrays | None = None
     num_guessed: int = 0
     num_kept: int = 0
+    is_fallback: bool = False
+    num_spared: int = 0
 
     @property
     def is_accepted(self) -> bool:
@@ -87,7 +91,9 @@ class Stats:
     Acceptance rates, of steps and of the tokens in them, are None where nothing was verified.
     ``num_target_tokens`` were written by the target one by one; ``num_verified_tokens`` it read in
     parallel passes (catching up included). Token-level speculation kept ``num_kept_tokens`` of the
-    ``num_guessed_tokens`` that the draft guessed for it.
+    ``num_guessed_tokens`` that the draft guessed for it. Drafting was switched off
+    ``num_fallbacks`` times, for ``num_fallback_steps`` in all; ``num_spared_candidates`` were not
+    drawn.
     """
 
     seconds: float
@@ -105,6 +111,9 @@ class Stats:
     phase_seconds: dict[Phase, float]
     num_guessed_tokens: int = 0
     num_kept_tokens: int = 0
+    num_fallbacks: int = 0
+    num_fallback_steps: int = 0
+    num_spared_candidates: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +231,12 @@ def summarise(
         phase_seconds=phase_seconds,
         num_guessed_tokens=sum(step.num_guessed for step in steps),
         num_kept_tokens=sum(step.num_kept for step in steps),
+        num_fallbacks=sum(
+            step.is_fallback and not (index and steps[index - 1].is_fallback)
+            for index, step in enumerate(steps)
+        ),
+        num_fallback_steps=sum(step.is_fallback for step in steps),
+        num_spared_candidates=sum(step.num_spared for step in steps),
     )
 
 

@@ -55,6 +55,12 @@ def verify(
     return Verdict(scores["ensemble"] >= config.threshold, signals, scores, token_grounding)
 
 
+def by_reward(reward: float, threshold: float) -> Verdict:
+    """A process reward model's verdict, as one signal that needs no bounds."""
+    scores = {"reward": reward, "ensemble": reward}
+    return Verdict(reward >= threshold, {"reward": reward}, scores)
+
+
 def normalise(signal: str, value: float, config: VerifierConfig) -> float:
     """Min-max normalisation to [0, 1] by the pair's bounds, clamped."""
     low, high = config.bounds_of(signal)

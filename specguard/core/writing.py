@@ -23,6 +23,7 @@ from specguard.core.model import (
     TokenSequence,
 )
 from specguard.core.randomness import Purpose, uniforms
+from specguard.core.requests import Accept, Extend, Propose, Score, Start, Work
 from specguard.core.text import PieceTable, StepScanner
 
 
@@ -60,6 +61,8 @@ class Writer:
         self._key = key
         self._config = config
         self._sequences: dict[Author, TokenSequence] = {}
+        self._fork: TokenSequence | None = None  # of the draft's, behind further candidates
+        self._forked: list[Candidate] = []
         lead = models.get("target") or models["draft"]
         self.tokenizer = lead.tokenizer
         self.pieces = PieceTable(lead.tokenizer)
@@ -71,33 +74,70 @@ class Writer:
         written = len(self.token_ids) - len(self.prompt.token_ids)
         return min(self._config.max_tokens - written, self.context_limit - len(self.token_ids))
 
-    def propose(self, author: Author, num_candidates: int, sampling: Sampling) -> list[Candidate]:
+    def propose(
+        self, author: Author, num_candidates: int, sampling: Sampling
+    ) -> Work[list[Candidate]]:
         """Candidates of one model for the next step."""
+        self._drop_fork()
+        sequence = yield from self._caught_up(author)
+        proposal = self._proposal(author, sequence, range(num_candidates), sampling)
+        candidates: list[Candidate] = yield proposal
+        return candidates
+
+    def propose_more(
+        self, candidates: list[Candidate], num_candidates: int, sampling: Sampling
+    ) -> Work[list[Candidate]]:
+        """The draft's candidates for the same step up to ``num_candidates``, all of them.
+
+        They are those that `propose` would have given at once.
+        """
+        # A second proposal on the sequence would overwrite the first one's columns.
+        self._fork = self._sequences["draft"].fork()
+        numbers = range(len(candidates), num_candidates)
+        self._forked = yield self._proposal("draft", self._fork, numbers, sampling)
+        return candidates + self._forked
+
+    def _proposal(
+        self, author: Author, sequence: TokenSequence, numbers: range, sampling: Sampling
+    ) -> Propose:
         boundary = self._boundary()
         purpose = Purpose.DRAFT if author == "draft" else Purpose.TARGET
-        draws = self._draws(purpose, num_candidates, boundary.max_tokens)
-        sequence = self._caught_up(author)
-        [candidates] = self.models[author].propose(
-            [sequence], num_candidates, sampling, boundary, draws[np.newaxis]
+        draws = self._draws(purpose, numbers.stop, boundary.max_tokens)[numbers.start :]
+        return Propose(
+            model=self.models[author],
+            sequence=sequence,
+            num_candidates=len(numbers),
+            sampling=sampling,
+            boundary=boundary,
+            uniforms=draws,
+            is_draft=author == "draft",
         )
-        return candidates
 
     def read(
         self, author: Author, token_ids: tuple[int, ...], capture: Capture | None
-    ) -> Observation:
+    ) -> Work[Observation]:
         """One model reads a step and holds it from then on, unless it is taken back."""
-        sequence = self._caught_up(author)
-        [observation] = self.models[author].extend([sequence], [token_ids], [capture])
+        sequence = yield from self._caught_up(author)
         if author == "target":
             self.num_verified_tokens += len(token_ids)
+        observation: Observation = yield Extend(
+            model=self.models[author], sequence=sequence, token_ids=token_ids, capture=capture
+        )
         return observation
 
-    def score(self, candidates: list[Candidate], capture: Capture | None) -> list[Observation]:
+    def score(
+        self, candidates: list[Candidate], capture: Capture | None
+    ) -> Work[list[Observation]]:
         """The target reads several steps side by side and holds none of them."""
-        sequence = self._caught_up("target")
+        sequence = yield from self._caught_up("target")
         continuations = [candidate.token_ids for candidate in candidates]
-        [observations] = self.models["target"].score([sequence], [continuations], [capture])
         self.num_verified_tokens += sum(map(len, continuations))
+        observations: list[Observation] = yield Score(
+            model=self.models["target"],
+            sequence=sequence,
+            continuations=continuations,
+            capture=capture,
+        )
         return observations
 
     def capture(self, verifier: VerifierConfig) -> Capture | None:
@@ -109,6 +149,9 @@ class Writer:
 
     def commit(self, author: Author, candidate: Candidate) -> None:
         """A model holds what it proposed or scored."""
+        if author == "draft" and any(candidate is other for other in self._forked):
+            assert self._fork is not None
+            self._sequences["draft"], self._fork = self._fork, self._sequences["draft"]
         self.models[author].commit([self._sequences[author]], [candidate])
 
     def take_back(self, author: Author) -> None:
@@ -119,7 +162,7 @@ class Writer:
         """Make tokens part of the text; a model that does not hold them reads them when needed."""
         self.token_ids.extend(token_ids)
 
-    def speculate(self, sampling: Sampling) -> Written:
+    def speculate(self, sampling: Sampling) -> Work[Written]:
         """Write the target's next step, the draft guessing a few tokens at a time.
 
         The step is distributed as if the target had drawn it token by token (Leviathan et al. 2023,
@@ -141,12 +184,25 @@ class Writer:
             first = len(token_ids)
             cap = min(self._config.num_speculated, boundary.max_tokens - first)
             limits = Boundary(boundary.delimiter, boundary.eos_ids, cap)
-            guesser, judge = self._caught_up("draft"), self._caught_up("target")
-            draws = guessing[np.newaxis, np.newaxis, first : first + cap]
-            [[guess]] = draft.propose([guesser], 1, sampling, limits, draws, True)
+            guesser = yield from self._caught_up("draft")
+            judge = yield from self._caught_up("target")
+            [guess] = yield Propose(
+                model=draft,
+                sequence=guesser,
+                num_candidates=1,
+                sampling=sampling,
+                boundary=limits,
+                uniforms=guessing[np.newaxis, first : first + cap],
+                keep_distributions=True,
+            )
             n = len(guess.token_ids)
-            row = np.append(judging[first : first + n], correcting[block])
-            [outcome] = target.accept([judge], [guess], sampling, row[np.newaxis])
+            outcome = yield Accept(
+                model=target,
+                sequence=judge,
+                candidate=guess,
+                sampling=sampling,
+                uniforms=np.append(judging[first : first + n], correcting[block]),
+            )
             self.num_verified_tokens += n
             num_guessed += n
             before = len(self.token_ids)
@@ -177,8 +233,14 @@ class Writer:
 
     def close(self) -> None:
         """Close every sequence."""
+        self._drop_fork()
         for sequence in self._sequences.values():
             sequence.close()
+
+    def _drop_fork(self) -> None:
+        if self._fork is not None:
+            self._fork.close()
+        self._fork, self._forked = None, []
 
     def _boundary(self) -> Boundary:
         cap = min(self._config.max_step_tokens, self.room)
@@ -187,14 +249,15 @@ class Writer:
     def _draws(self, purpose: Purpose, num_candidates: int, count: int) -> Any:
         return uniforms(self._config.seed, self._key, purpose, self.step, num_candidates, count)
 
-    def _caught_up(self, author: Author) -> TokenSequence:
+    def _caught_up(self, author: Author) -> Work[TokenSequence]:
         """The model's sequence with every token so far in it."""
+        model = self.models[author]
         if author not in self._sequences:
-            self._sequences[author] = self.models[author].start(self.prompt)
+            self._sequences[author] = yield Start(model=model, prompt=self.prompt)
         sequence = self._sequences[author]
         unseen = self.token_ids[len(sequence.token_ids) :]
         if unseen:
-            self.models[author].extend([sequence], [unseen])
+            yield Extend(model=model, sequence=sequence, token_ids=unseen)
             if author == "target":
                 self.num_verified_tokens += len(unseen)
         return sequence

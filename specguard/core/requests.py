@@ -1,0 +1,194 @@
+"""What a problem asks of a model, as values: so that many problems' requests can go in one call.
+
+A solution is a generator that yields requests and is sent their results. Requests of one ``kind``
+differ in their sequences only. Who performs them decides how many go together.
+"""
+
+import time
+from collections.abc import Generator, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from specguard.core.model import (
+    Acceptance,
+    Boundary,
+    Candidate,
+    Capture,
+    FloatArray,
+    LanguageModel,
+    Observation,
+    Prompt,
+    Sampling,
+    TokenSequence,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Request:
+    """``seconds`` is its share of the call that it went with, there once it is performed."""
+
+    model: LanguageModel[Any]
+    seconds: float = field(default=0.0, init=False)
+
+    @property
+    def begins_step(self) -> bool:
+        """Whether it can wait for the problems that are still at their last step."""
+        return False
+
+    @property
+    def kind(self) -> Hashable:
+        """Requests that may go in one call have equal kinds."""
+        return type(self), id(self.model)
+
+    @staticmethod
+    def perform(requests: Sequence[Any]) -> Sequence[Any]:
+        """The results of requests of one kind."""
+        raise NotImplementedError
+
+
+Work = Generator[Request, Any, T]  # yields requests, is sent their results, returns a T
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Start(Request):
+    """Read a prompt; ``prefix`` holds its first tokens where they were read before."""
+
+    prompt: Prompt
+    prefix: TokenSequence | None = None
+
+    @staticmethod
+    def perform(requests: Sequence["Start"]) -> list[TokenSequence]:
+        """One call each: prompts are long enough to fill a pass."""
+        return [request.model.start(request.prompt, request.prefix) for request in requests]
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Propose(Request):
+    """Sample steps; ``uniforms`` [num_candidates, boundary.max_tokens]."""
+
+    sequence: TokenSequence
+    num_candidates: int
+    sampling: Sampling
+    boundary: Boundary
+    uniforms: FloatArray
+    keep_distributions: bool = False
+    is_draft: bool = True
+
+    @property
+    def begins_step(self) -> bool:
+        """A draft's proposals begin a step; the target's end one that was begun."""
+        return self.is_draft
+
+    @property
+    def kind(self) -> Hashable:
+        """Candidates are counted, drawn and ended alike."""
+        return (
+            Propose,
+            id(self.model),
+            self.num_candidates,
+            self.sampling,
+            self.boundary,
+            self.keep_distributions,
+        )
+
+    @staticmethod
+    def perform(requests: Sequence["Propose"]) -> list[list[Candidate]]:
+        """All sequences side by side."""
+        first = requests[0]
+        return first.model.propose(
+            [request.sequence for request in requests],
+            first.num_candidates,
+            first.sampling,
+            first.boundary,
+            np.stack([request.uniforms for request in requests]),
+            first.keep_distributions,
+        )
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Extend(Request):
+    """Append given tokens and observe them."""
+
+    sequence: TokenSequence
+    token_ids: Sequence[int]
+    capture: Capture | None = None
+
+    @staticmethod
+    def perform(requests: Sequence["Extend"]) -> list[Observation]:
+        """All continuations in one pass."""
+        return requests[0].model.extend(
+            [request.sequence for request in requests],
+            [request.token_ids for request in requests],
+            [request.capture for request in requests],
+        )
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Score(Request):
+    """Observe several continuations side by side and keep none."""
+
+    sequence: TokenSequence
+    continuations: Sequence[Sequence[int]]
+    capture: Capture | None = None
+
+    @staticmethod
+    def perform(requests: Sequence["Score"]) -> list[list[Observation]]:
+        """All continuations of all sequences in one pass."""
+        return requests[0].model.score(
+            [request.sequence for request in requests],
+            [request.continuations for request in requests],
+            [request.capture for request in requests],
+        )
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Accept(Request):
+    """Judge guessed tokens; ``uniforms`` [n + 1] for n of them."""
+
+    sequence: TokenSequence
+    candidate: Candidate
+    sampling: Sampling
+    uniforms: FloatArray
+
+    @property
+    def kind(self) -> Hashable:
+        """Tokens are drawn alike."""
+        return Accept, id(self.model), self.sampling
+
+    @staticmethod
+    def perform(requests: Sequence["Accept"]) -> list[Acceptance]:
+        """All guesses in one pass."""
+        width = max(len(request.uniforms) for request in requests)
+        rows = [np.resize(request.uniforms, width) for request in requests]
+        return requests[0].model.accept(
+            [request.sequence for request in requests],
+            [request.candidate for request in requests],
+            requests[0].sampling,
+            np.stack(rows),
+        )
+
+
+def done(work: Work[T]) -> T:
+    """The result of work whose requests are performed as they come."""
+    result = None
+    while True:
+        try:
+            request = work.send(result)
+        except StopIteration as stop:
+            found: T = stop.value
+            return found
+        [result] = perform([request])
+
+
+def perform(requests: Sequence[Request]) -> Sequence[Any]:
+    """Perform requests of one kind in one call, and share its time among them."""
+    started = time.perf_counter()
+    results = requests[0].perform(requests)
+    seconds = (time.perf_counter() - started) / len(requests)
+    for request in requests:
+        request.seconds = seconds
+    return results

@@ -1,0 +1,218 @@
+"""Many problems at once: their requests of one kind go to the model in one call.
+
+Draft proposals wait until no problem is in the middle of a step, so that all of them are made side
+by side; whoever finishes makes room for the next problem in the queue. A solution depends neither
+on the other problems nor on how many there are.
+"""
+
+from collections import deque
+from collections.abc import Generator, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from specguard.core.config import SolveConfig
+from specguard.core.engine import Engine
+from specguard.core.errors import SpecguardError, UsageError
+from specguard.core.model import LanguageModel, Prompt, TokenSequence
+from specguard.core.records import Solution, StepRecord
+from specguard.core.requests import Request, Start, perform
+
+_SHORTEST_PREFIX = 8  # tokens; a shorter beginning costs less to read than to look after
+# Buffers double when they are full, and a batch is laid side by side in one more buffer.
+_BYTES_PER_BYTE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A problem, and changes to the settings for it alone."""
+
+    problem: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What became of the problem with this number: its solution, or why there is none."""
+
+    index: int
+    solution: Solution | None = None
+    error: SpecguardError | None = None
+
+
+def solve_many(
+    engine: Engine,
+    problems: Iterable[str | Task],
+    *,
+    batch_size: int = 8,
+    memory_budget: int | None = None,
+    **changes: Any,
+) -> Iterator[Finished]:
+    """Solve problems side by side; each one's outcome is yielded as soon as it is there.
+
+    An error of one problem is its outcome and leaves the others alone.
+
+    Args:
+        engine: a pair with settings.
+        problems: texts, or `Task`s where settings differ; read as there is room for them.
+        batch_size: most problems at a time.
+        memory_budget: bytes that keys and values may take at most; problems wait until there is
+            room for the longest solution that their settings allow. None sets no limit.
+        changes: to the engine's settings, for all of them.
+
+    Raises:
+        UsageError: a batch size below 1, or a setting that `SolveConfig` refuses.
+    """
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, not {batch_size}")
+    engine.configured(**changes)
+    tasks = (
+        Task(task.problem, {**changes, **task.changes})
+        if isinstance(task, Task)
+        else Task(task, changes)
+        for task in problems
+    )
+    return _Schedule(engine, tasks, batch_size, memory_budget).run()
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """A problem that is being solved and what it wants next."""
+
+    index: int
+    solving: Generator[Request | StepRecord, Any, Solution]
+    num_bytes: int
+    wants: Request | None = None
+
+
+class _Schedule:
+    def __init__(
+        self, engine: Engine, tasks: Iterator[Task], batch_size: int, memory_budget: int | None
+    ) -> None:
+        self._engine = engine
+        self._tasks = enumerate(tasks)
+        self._batch_size, self._budget = batch_size, memory_budget
+        self._waiting: deque[tuple[int, Task, int]] = deque()  # at most one, that found no room
+        self._open: list[_Open] = []
+        self._prefixes: dict[int, TokenSequence] = {}
+
+    def run(self) -> Iterator[Finished]:
+        """Solve everything."""
+        try:
+            while True:
+                yield from self._admit()
+                if not self._open:
+                    return
+                yield from self._perform(self._next_batch())
+        finally:
+            for problem in self._open:
+                problem.solving.close()
+            for prefix in self._prefixes.values():
+                prefix.close()
+
+    def _admit(self) -> Iterator[Finished]:
+        """Begin as many problems as there is room for."""
+        while len(self._open) < self._batch_size:
+            if not self._waiting:
+                found = next(self._tasks, None)
+                if found is None:
+                    return
+                try:
+                    self._waiting.append((*found, self._most_bytes(found[1])))
+                except SpecguardError as error:
+                    yield Finished(found[0], error=error)
+                    continue
+            index, task, num_bytes = self._waiting[0]
+            taken = sum(problem.num_bytes for problem in self._open)
+            if self._budget is not None and self._open and taken + num_bytes > self._budget:
+                return
+            self._waiting.popleft()
+            solving = self._engine.requests(task.problem, **task.changes)
+            problem = _Open(index, solving, num_bytes)
+            self._open.append(problem)
+            yield from self._advance(problem, None)
+
+    def _most_bytes(self, task: Task) -> int:
+        """What the problem's keys and values may come to.
+
+        Raises:
+            SpecguardError: the budget does not hold it.
+        """
+        if self._budget is None:
+            return 0
+        config = self._engine.configured(**task.changes)
+        models = [model for model in (self._engine.draft, self._engine.target) if model is not None]
+        needed = sum(_most_bytes(model, task.problem, config) for model in models)
+        if needed > self._budget:
+            raise SpecguardError(
+                f"the problem may take {needed} bytes of keys and values, and the budget is "
+                f"{self._budget}",
+                "allow more memory, or fewer tokens or candidates",
+            )
+        return needed
+
+    def _next_batch(self) -> list[_Open]:
+        """Problems whose requests go in one call; small groups first, they catch up with others."""
+        groups: dict[Hashable, list[_Open]] = {}
+        for problem in self._open:
+            assert problem.wants is not None
+            groups.setdefault(problem.wants.kind, []).append(problem)
+
+        def rank(group: list[_Open]) -> tuple[bool, int]:
+            assert group[0].wants is not None
+            return group[0].wants.begins_step, len(group)
+
+        return min(groups.values(), key=rank)
+
+    def _perform(self, batch: list[_Open]) -> Iterator[Finished]:
+        requests = [problem.wants for problem in batch if problem.wants is not None]
+        try:
+            for request in requests:
+                if isinstance(request, Start):
+                    request.prefix = self._prefix(request)
+            results = perform(requests)
+        except SpecguardError as error:
+            if len(batch) > 1:  # whose it is shows when each is alone
+                for problem in batch:
+                    yield from self._perform([problem])
+                return
+            yield from self._advance(batch[0], None, error)
+            return
+        for problem, result in zip(batch, results, strict=True):
+            yield from self._advance(problem, result)
+
+    def _advance(
+        self, problem: _Open, result: Any, error: SpecguardError | None = None
+    ) -> Iterator[Finished]:
+        """Hand a problem its result; it goes on to its next request or to its end."""
+        try:
+            event = problem.solving.throw(error) if error else problem.solving.send(result)
+            while isinstance(event, StepRecord):
+                event = problem.solving.send(None)
+            problem.wants = event
+            return
+        except StopIteration as stop:
+            outcome = Finished(problem.index, solution=stop.value)
+        except SpecguardError as reason:
+            outcome = Finished(problem.index, error=reason)
+        self._open.remove(problem)
+        yield outcome
+
+    def _prefix(self, start: Start) -> TokenSequence | None:
+        """What prompts have in common before the problem, read once."""
+        token_ids = start.prompt.token_ids[: start.prompt.problem_span[0]]
+        if len(token_ids) < _SHORTEST_PREFIX:
+            return None
+        known = self._prefixes.get(id(start.model))
+        if known is None or tuple(known.token_ids) != token_ids:
+            if known is not None:
+                known.close()
+            known = start.model.start(Prompt(token_ids, (0, 0)))
+            self._prefixes[id(start.model)] = known
+        return known
+
+
+def _most_bytes(model: LanguageModel[Any], problem: str, config: SolveConfig) -> int:
+    prompt = model.tokenizer.encode_prompt(problem, config.system_prompt, config.thinking)
+    num_held = min(len(prompt.token_ids) + config.max_tokens, model.context_limit)
+    num_drafted = config.num_candidates * config.max_step_tokens if config.is_stepwise else 0
+    return _BYTES_PER_BYTE * (num_held + num_drafted) * model.num_bytes_per_token
