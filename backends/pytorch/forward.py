@@ -1,7 +1,7 @@
 """Forward passes of a transformers model over rows of sequences, with masks and capture.
 
-A pass lays B sequences side by side as rows of one buffer. The k candidates of a sequence are
-further queries of its row, kept apart by the mask: the prefix is held once, whatever k is. Knows
+A pass lays B sequences side by side as rows of one buffer. The candidates of a sequence are further
+queries of its row, kept apart by the mask: the prefix is held once, however many there are. Knows
 nothing of steps.
 """
 
@@ -19,40 +19,32 @@ from specguard.backends.pytorch.attention import ATTENTION_NAME, AttentionPass, 
 from specguard.backends.pytorch.kv import KVBuffer, PassCache, stack_rows
 from specguard.backends.pytorch.lean import LeanLayers, lean_layers
 from specguard.core.errors import SpecguardError, UsageError
-from specguard.core.model import AttentionBlock, Capture, FloatArray
+from specguard.core.model import AttentionBlock, BoolArray, Capture, FloatArray
 
-SHARED = -1  # owner of columns that every query of the row may see
-NOBODY = -2  # owner of padding
 _LEAN_TOLERANCE = 1e-5  # of logits, relative to the largest
 
 
 @dataclass(slots=True)
 class Layout:
-    """The columns of a pass: the buffer and, per row and column, position and owner [B, columns].
+    """The columns of one or more passes in a buffer.
 
-    An owner is a candidate's number, SHARED or NOBODY. Every pass appends its columns.
+    ``is_held`` [B, columns at the beginning] tells the sequences' columns from padding;
+    ``positions`` [B, columns]. Every pass appends its columns.
     """
 
     buffer: KVBuffer
+    is_held: Tensor
     positions: Tensor
-    owners: Tensor
 
     @property
     def num_columns(self) -> int:
         """Columns so far."""
         return self.positions.shape[1]
 
-    def append(self, positions: Tensor, owners: Tensor) -> None:
-        """Take in the columns [B, q] of the next pass."""
-        self.positions = torch.cat([self.positions, positions], 1)
-        self.owners = torch.cat([self.owners, owners], 1)
-
-    def visible(self, positions: Tensor, owners: Tensor) -> Tensor:
-        """Which columns queries [B, q] may look at: [B, 1, q, columns]."""
-        is_past = self.positions.unsqueeze(1) <= positions.unsqueeze(2)
-        columns = self.owners.unsqueeze(1)
-        is_own = (columns == SHARED) | (columns == owners.unsqueeze(2))
-        return (is_past & is_own).unsqueeze(1)
+    def visible(self, inside: Tensor) -> Tensor:
+        """The mask [B, 1, q, columns] of queries that see all held columns and ``inside``."""
+        held = self.is_held.unsqueeze(1).expand(-1, inside.shape[1], -1)
+        return torch.cat([held, inside], 2).unsqueeze(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,30 +119,29 @@ class Forward:
         """Rows for a pass: a single buffer as it is, several stacked."""
         buffer = buffers[0] if len(buffers) == 1 else stack_rows(buffers, lengths)
         columns = torch.arange(max(lengths), device=self.device).repeat(len(lengths), 1)
-        is_held = columns < self.tensor(lengths).unsqueeze(1)
-        return Layout(buffer, columns, torch.where(is_held, SHARED, NOBODY))
+        return Layout(buffer, columns < self.tensor(lengths).unsqueeze(1), columns)
 
     def prefill(self, buffer: KVBuffer, token_ids: Sequence[int], num_cached: int = 0) -> None:
         """Fill a buffer with a prompt's columns from one on; no logits are computed."""
         layout = self.layout([buffer], [num_cached])
         positions = torch.arange(len(token_ids), device=self.device).unsqueeze(0) + num_cached
-        owners = torch.full_like(positions, SHARED)
-        layout.append(positions, owners)
         attention = AttentionPass(is_causal=num_cached == 0)
+        mask = layout.visible(self._causal(1, len(token_ids)))
         if num_cached:
-            attention.mask = layout.visible(positions, owners)
+            attention.mask = mask
         tokens = self.tensor([token_ids])
+        layout.positions = torch.cat([layout.positions, positions], 1)
         if self._lean is not None:
             self._lean(tokens, positions, buffer, num_cached, attention)
         else:
-            self._call(self.model.base_model, layout, tokens, positions, owners, attention)
+            self._call(self.model.base_model, layout, tokens, positions, mask, attention)
 
     def run(
         self,
         layout: Layout,
         tokens: list[list[int]],
         positions: list[list[int]],
-        owners: list[list[int]] | None = None,
+        inside: BoolArray | None = None,
         readings: Sequence[Reading] = (),
     ) -> PassOutput:
         """Forward up to q tokens a row and append their columns.
@@ -159,17 +150,18 @@ class Forward:
             layout: what the rows hold so far.
             tokens: token ids, [B][<= q]; shorter rows are padded.
             positions: their positions in the sequence.
-            owners: the candidate that each belongs to; None makes all part of their row.
+            inside: which of the columns that are not the sequences' own each query may look at,
+                [B, q, columns of earlier passes and of this one]; None: causally.
             readings: what to read of the attention, nothing by default.
         """
         first_column = layout.num_columns
-        token_grid, position_grid = self._grid(tokens, 0), self._grid(positions, 0)
-        owner_grid = self._grid(owners or [[SHARED] * len(row) for row in tokens], NOBODY)
-        layout.append(position_grid, owner_grid)
+        token_grid, position_grid = self._grid(tokens), self._grid(positions)
+        layout.positions = torch.cat([layout.positions, position_grid], 1)
         attention = AttentionPass()
-        # One query that sees every column needs no mask.
-        if len(tokens) > 1 or len(tokens[0]) > 1 or owners is not None:
-            attention.mask = layout.visible(position_grid, owner_grid)
+        sees_all = token_grid.numel() == 1 and (inside is None or bool(inside.all()))
+        if not sees_all or not self._has_own_attention:
+            seen = self._causal(*token_grid.shape) if inside is None else self.tensor(inside)
+            attention.mask = layout.visible(seen)
         attention.captures = [self._row_capture(reading, first_column) for reading in readings]
         if self._lean is not None:
             hidden = self._lean(token_grid, position_grid, layout.buffer, first_column, attention)
@@ -177,7 +169,7 @@ class Forward:
             self._head_input = None
         else:
             output = self._call(
-                self.model, layout, token_grid, position_grid, owner_grid, attention
+                self.model, layout, token_grid, position_grid, attention.mask, attention
             )
             logits = output.logits
             assert self._head_input is not None
@@ -191,7 +183,7 @@ class Forward:
         layout: Layout,
         tokens: Tensor,
         positions: Tensor,
-        owners: Tensor,
+        visible: Tensor | None,
         attention: AttentionPass,
     ) -> Any:
         cache = PassCache(layout.buffer, layout.num_columns - tokens.shape[1])
@@ -200,7 +192,8 @@ class Forward:
             mask: Tensor | dict[str, Tensor] = self._placeholder
             extra: dict[str, Any] = {"attention_pass": attention}
         else:
-            mask, extra = self._additive_masks(layout, positions, owners), {}
+            assert visible is not None
+            mask, extra = self._additive_masks(layout, positions, visible), {}
         output = module(
             input_ids=tokens,
             attention_mask=mask,
@@ -218,10 +211,9 @@ class Forward:
         return output
 
     def _additive_masks(
-        self, layout: Layout, positions: Tensor, owners: Tensor
+        self, layout: Layout, positions: Tensor, visible: Tensor
     ) -> Tensor | dict[str, Tensor]:
         """Masks for a model's own attention, by layer type where it has several."""
-        visible = layout.visible(positions, owners)
         masks = {"full_attention": visible}
         if self._window is not None:
             distance = positions.unsqueeze(2) - layout.positions.unsqueeze(1)
@@ -253,9 +245,14 @@ class Forward:
         is_source = self.tensor(capture.is_source)
         return RowCapture(reading.row, queries, columns, is_source, capture.epsilon, first_layer)
 
-    def _grid(self, rows: list[list[int]], filler: int) -> Tensor:
+    def _grid(self, rows: list[list[int]]) -> Tensor:
         width = max(map(len, rows))
-        return self.tensor([row + [filler] * (width - len(row)) for row in rows])
+        return self.tensor([row + [0] * (width - len(row)) for row in rows])
+
+    def _causal(self, num_rows: int, length: int) -> Tensor:
+        """What queries see of one another when they follow one another, [B, q, q]."""
+        ones = torch.ones(length, length, dtype=torch.bool, device=self.device)
+        return ones.tril().expand(num_rows, -1, -1)
 
     def _keep_head_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._head_input = inputs[0]

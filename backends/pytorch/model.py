@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specguard.backends.pytorch.branching import Branches
 from specguard.backends.pytorch.forward import Forward, Layout, PassOutput, Reading
 from specguard.backends.pytorch.kv import KVBuffer
 from specguard.backends.pytorch.sampling import accept_tokens, describe, draw, warp
-from specguard.backends.pytorch.scoring import Fan
+from specguard.backends.pytorch.scoring import Tree
 from specguard.backends.sequence import BufferedSequence
 from specguard.backends.verbs import (
     Draft,
@@ -49,6 +50,21 @@ class _Handle:
     row: int
     columns: list[int]
     distributions: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """One token of each candidate in ``alive`` [N]: what the passes said of it.
+
+    ``owners`` [N] are rows of ``hidden`` [A, H] and ``probs`` [A, V], one for each branch.
+    """
+
+    alive: list[int]
+    owners: Tensor
+    logprobs: Tensor
+    entropies: Tensor
+    hidden: Tensor
+    probs: Tensor | None
 
 
 class TorchModel:
@@ -120,40 +136,38 @@ class TorchModel:
         for sequence in sequences:
             check_room(sequence, boundary.max_tokens, self.context_limit)
             sequence.version += 1  # the columns behind the sequence are about to be written
-        draws = self._forward.tensor(uniforms.reshape(-1, boundary.max_tokens))
+        draws = uniforms.reshape(-1, boundary.max_tokens)
         drafts = [
-            Draft(row, StepScanner(self._pieces, boundary), [layout.num_columns])
+            Draft(row, StepScanner(self._pieces, boundary), [])
             for row in range(len(sequences))
             for _ in range(num_candidates)
         ]
+        branches = Branches(drafts, len(sequences), layout.num_columns)
         output = self._forward.run(
             layout,
             [[sequence.token_ids[-1]] for sequence in sequences],
             [[sequence.num_cached] for sequence in sequences],
         )
-        alive = list(range(len(drafts)))
-        found = self._forward.tensor([draft.row for draft in drafts])
-        trail: list[tuple[list[int], Tensor, Tensor, Tensor, Tensor | None]] = []
-        position = 0
+        trail: list[_Drawn] = []
+        needs_probs = keep_distributions or not sampling.is_greedy
         while True:
+            found = self._forward.tensor(branches.places())
             hidden, logits = output.hidden.flatten(0, 1)[found], output.logits.flatten(0, 1)[found]
-            needs_probs = keep_distributions or not sampling.is_greedy
+            alive, owners = branches.alive, self._forward.tensor(branches.owners)
             probs = warp(logits, sampling) if needs_probs else None
             if probs is None or sampling.is_greedy:
-                ids = logits.argmax(-1)
+                ids = logits.argmax(-1)[owners]
             else:
-                ids = draw(probs, draws[alive, position])
+                wanted = self._forward.tensor(draws[alive, len(trail)])
+                ids = draw(probs[owners], wanted)
+            logprobs, entropies = describe(logits, ids, owners)
             kept = probs if keep_distributions else None
-            trail.append((alive, *describe(logits, ids), hidden, kept))
-            next_alive = []
-            for index, token_id in zip(alive, ids.tolist(), strict=True):
-                if drafts[index].take(token_id):
-                    next_alive.append(index)
-            if not next_alive:
+            trail.append(_Drawn(alive, owners, logprobs, entropies, hidden, kept))
+            branches.take(ids.tolist())
+            if not branches.branches:
                 break
-            alive = next_alive
-            position += 1
-            output, found = self._decode(layout, sequences, drafts, alive, num_candidates)
+            lengths = [len(sequence.token_ids) for sequence in sequences]
+            output = self._forward.run(layout, *branches.queries(lengths), branches.visible())
         candidates = self._candidates(sequences, layout, drafts, trail)
         return [
             candidates[row * num_candidates : (row + 1) * num_candidates]
@@ -224,35 +238,39 @@ class TorchModel:
         continuations: Sequence[Sequence[Sequence[int]]],
         captures: Sequence[Capture | None] | None = None,
     ) -> list[list[Observation]]:
-        """Forward each pending token once, then all its continuations, kept apart by the mask."""
+        """Forward each pending token, then its continuations as a tree, kept apart by the mask."""
         captures = captures if captures is not None else [None] * len(sequences)
         check_alternatives(sequences, continuations, captures, self.name, self.capture_refusal)
-        fans = []
+        trees = []
         for sequence, found in zip(sequences, continuations, strict=True):
             check_room(sequence, max(map(len, found)), self.context_limit)
-            fans.append(Fan.of(sequence.token_ids[-1], sequence.num_cached, found))
+            trees.append(Tree.of(sequence.token_ids[-1], sequence.num_cached, found))
         readings = [
             Reading(capture, row, queries)
-            for row, (fan, capture) in enumerate(zip(fans, captures, strict=True))
+            for row, (tree, capture) in enumerate(zip(trees, captures, strict=True))
             if capture is not None
-            for queries in fan.places
+            for queries in tree.places
         ]
         layout = self._open(sequences)
         first_column = layout.num_columns
         for sequence in sequences:
             sequence.version += 1  # the columns behind the sequence are about to be written
+        width = max(len(tree.tokens) for tree in trees)
+        inside = np.tile(np.eye(width, dtype=np.bool_), (len(trees), 1, 1))
+        for row, tree in enumerate(trees):
+            inside[row, : len(tree.tokens), : len(tree.tokens)] = tree.visible
         output = self._forward.run(
             layout,
-            [fan.tokens for fan in fans],
-            [fan.positions for fan in fans],
-            [fan.owners for fan in fans],
+            [tree.tokens for tree in trees],
+            [tree.positions for tree in trees],
+            inside,
             readings,
         )
         blocks = iter(output.blocks)
         observations: list[list[Observation]] = []
-        for row, (sequence, fan) in enumerate(zip(sequences, fans, strict=True)):
+        for row, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)):
             observations.append([])
-            for token_ids, places in zip(continuations[row], fan.places, strict=True):
+            for token_ids, places in zip(continuations[row], tree.places, strict=True):
                 logits = output.logits[row, self._forward.tensor(places)]
                 logprobs, entropies = describe(logits, self._forward.tensor(list(token_ids)))
                 columns = [first_column + place for place in places]
@@ -317,70 +335,41 @@ class TorchModel:
             [sequence.num_cached for sequence in sequences],
         )
 
-    def _decode(
-        self,
-        layout: Layout,
-        sequences: Sequence[TorchSequence],
-        drafts: list[Draft],
-        alive: list[int],
-        num_candidates: int,
-    ) -> tuple[PassOutput, Tensor]:
-        """Forward the newest token of every unfinished candidate; also each one's flat slot."""
-        num_rows = len(sequences)
-        tokens: list[list[int]] = [[] for _ in range(num_rows)]
-        positions: list[list[int]] = [[] for _ in range(num_rows)]
-        owners: list[list[int]] = [[] for _ in range(num_rows)]
-        slots: list[tuple[int, int]] = []
-        for index in alive:
-            draft = drafts[index]
-            row = draft.row
-            slots.append((row, len(tokens[row])))
-            draft.columns.append(layout.num_columns + len(tokens[row]))
-            tokens[row].append(draft.token_ids[-1])
-            positions[row].append(sequences[row].num_cached + len(draft.token_ids))
-            owners[row].append(index % num_candidates)
-        width = max(map(len, tokens))
-        is_alone = num_rows == 1 and num_candidates == 1
-        output = self._forward.run(layout, tokens, positions, None if is_alone else owners)
-        return output, self._forward.tensor([row * width + slot for row, slot in slots])
-
     def _candidates(
         self,
         sequences: Sequence[TorchSequence],
         layout: Layout,
         drafts: list[Draft],
-        trail: list[tuple[list[int], Tensor, Tensor, Tensor, Tensor | None]],
+        trail: list[_Drawn],
     ) -> list[Candidate]:
         # One transfer per quantity for the whole step, not one per token.
-        owners = np.concatenate([alive for alive, *_ in trail])
-        hidden = torch.cat([entry[3] for entry in trail]).float()
+        owners = np.concatenate([drawn.alive for drawn in trail])
+        hidden = torch.cat([drawn.hidden[drawn.owners] for drawn in trail]).float()
         sums = hidden.new_zeros(len(drafts), hidden.shape[1])
         sums.index_add_(0, self._forward.tensor(owners), hidden)
-        handles = []
-        for index, draft in enumerate(drafts):
-            kept = [
-                entry[4][entry[0].index(index)]
-                for entry in trail
-                if entry[4] is not None and index in entry[0]
-            ]
-            sequence = sequences[draft.row]
-            handles.append(
-                _Handle(
-                    sequence=sequence,
-                    version=sequence.version,
-                    buffer=layout.buffer,
-                    row=draft.row,
-                    columns=draft.columns,
-                    distributions=torch.stack(kept) if kept else None,
-                )
+        kept: list[list[Tensor]] = [[] for _ in drafts]
+        for drawn in trail:
+            if drawn.probs is not None:
+                for index, row in zip(drawn.alive, drawn.owners.tolist(), strict=True):
+                    kept[index].append(drawn.probs[row])
+        handles = [
+            _Handle(
+                sequence=sequences[draft.row],
+                version=sequences[draft.row].version,
+                buffer=layout.buffer,
+                row=draft.row,
+                columns=draft.columns,
+                distributions=torch.stack(rows) if rows else None,
             )
+            for draft, rows in zip(drafts, kept, strict=True)
+        ]
         return finish_candidates(
             self.name,
             self._tokenizer,
             drafts,
             owners,
-            _numpy(torch.cat([entry[1] for entry in trail])),
-            _numpy(torch.cat([entry[2] for entry in trail])),
+            _numpy(torch.cat([drawn.logprobs for drawn in trail])),
+            _numpy(torch.cat([drawn.entropies for drawn in trail])),
             _numpy(sums),
             handles,
         )

@@ -10,17 +10,25 @@ _CHUNK = 128
 _FEW = 64  # tokens that nearly always hold the mass that top-p keeps
 
 
-def describe(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-prob of a token and entropy (nats) of each row [N, V], at temperature 1, in float32."""
-    if len(logits) > _CHUNK:  # a long row of float32 copies would not fit beside a large model
+def describe(
+    logits: Tensor, token_ids: Tensor, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (nats) of tokens [N], at temperature 1, in float32.
+
+    ``logits`` [N, V]; or [A, V], of which token i is drawn from row ``rows[i]``.
+    """
+    if rows is None and len(logits) > _CHUNK:
+        # A long row of float32 copies would not fit beside a large model.
         parts = [
             describe(*part)
             for part in zip(logits.split(_CHUNK), token_ids.split(_CHUNK), strict=True)
         ]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     logprobs = logits.float().log_softmax(-1)
-    chosen = logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-    return chosen, torch.special.entr(logprobs.exp()).sum(-1)
+    entropies = torch.special.entr(logprobs.exp()).sum(-1)
+    if rows is None:
+        return logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropies
+    return logprobs[rows, token_ids], entropies[rows]
 
 
 def warp(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -1,31 +1,46 @@
-"""The layout of a scoring pass: several continuations side by side behind one prefix."""
+"""The layout of a scoring pass: several continuations behind one prefix, as a tree.
+
+Tokens that continuations have in common at the beginning are forwarded once.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from specguard.backends.pytorch.forward import SHARED
+import numpy as np
+
+from specguard.core.model import BoolArray
 
 
-@dataclass(slots=True)
-class Fan:
-    """One row's queries: the pending token, then every continuation but for its last token.
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """One row's queries: the pending token, then what follows it, but for each one's last token.
 
-    ``places`` are, for each continuation, where among the queries its tokens are predicted.
+    ``places`` are, for each continuation, where among the queries its tokens are predicted;
+    ``visible`` [queries, queries] is True where a query may look.
     """
 
     tokens: list[int]
     positions: list[int]
-    owners: list[int]
-    places: list[list[int]] = field(default_factory=list)
+    places: list[list[int]]
+    visible: BoolArray
 
     @classmethod
-    def of(cls, pending: int, num_cached: int, continuations: Sequence[Sequence[int]]) -> "Fan":
-        """The fan behind a sequence's cached columns and its pending token."""
-        fan = cls([pending], [num_cached], [SHARED])
-        for owner, token_ids in enumerate(continuations):
-            first, num_inputs = len(fan.tokens), len(token_ids) - 1
-            fan.tokens += token_ids[:-1]
-            fan.positions += range(num_cached + 1, num_cached + 1 + num_inputs)
-            fan.owners += [owner] * num_inputs
-            fan.places.append([0, *range(first, first + num_inputs)])
-        return fan
+    def of(cls, pending: int, num_cached: int, continuations: Sequence[Sequence[int]]) -> "Tree":
+        """The tree behind a sequence's cached columns and its pending token."""
+        tokens, positions, places = [pending], [num_cached], []
+        known: dict[tuple[int, int], int] = {}  # place of a token behind a place
+        for token_ids in continuations:
+            path = [0]
+            for token_id in token_ids[:-1]:
+                key = path[-1], token_id
+                if key not in known:
+                    known[key] = len(tokens)
+                    tokens.append(token_id)
+                    positions.append(num_cached + len(path))
+                path.append(known[key])
+            places.append(path)
+        visible = np.eye(len(tokens), dtype=np.bool_)
+        for path in places:
+            for depth, place in enumerate(path):
+                visible[place, path[:depth]] = True
+        return cls(tokens, positions, places, visible)
