@@ -90,10 +90,11 @@ def stack_rows(buffers: list[KVBuffer], lengths: list[int]) -> KVBuffer:
             if like is None or not width:
                 continue
             _, heads, _, dim = like.shape
-            rows = like.new_zeros(len(parts), heads, max(_FIRST_CAPACITY, 2 * width), dim)
+            rows = like.new_empty(len(parts), heads, max(_FIRST_CAPACITY, 2 * width), dim)
             for i, (part, length) in enumerate(zip(parts, lengths, strict=True)):
                 if length:
                     rows[i, :, :length] = part[0, :, :length]
+                rows[i, :, length:width] = 0
             targets[layer] = rows
     return stacked
 

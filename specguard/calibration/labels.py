@@ -6,6 +6,7 @@ still reaches the known answer (as Math-Shepherd labels steps, Wang et al. 2024)
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from specguard.bench.datasets import Item
@@ -43,7 +44,7 @@ def label_steps(engine: Engine, item: Item, grader: Grader) -> Iterator[dict[str
 def _writer(engine: Engine, problem: str) -> Writer:
     assert engine.draft is not None
     assert engine.target is not None
-    config = engine.config
+    config = replace(engine.config, detail=True)  # attention is read whatever is weighed now
     prompt = engine.target.tokenizer.encode_prompt(problem, config.system_prompt, config.thinking)
     models: Any = {"draft": engine.draft, "target": engine.target}
     return Writer(models, prompt, problem_key(problem), config)

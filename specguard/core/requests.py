@@ -35,8 +35,8 @@ class Request:
     seconds: float = field(default=0.0, init=False)
 
     @property
-    def begins_step(self) -> bool:
-        """Whether it can wait for the problems that are still at their last step."""
+    def is_decoding(self) -> bool:
+        """Whether it takes a pass for every token, and so is worth waiting for others."""
         return False
 
     @property
@@ -76,12 +76,11 @@ class Propose(Request):
     boundary: Boundary
     uniforms: FloatArray
     keep_distributions: bool = False
-    is_draft: bool = True
 
     @property
-    def begins_step(self) -> bool:
-        """A draft's proposals begin a step; the target's end one that was begun."""
-        return self.is_draft
+    def is_decoding(self) -> bool:
+        """It does."""
+        return True
 
     @property
     def kind(self) -> Hashable:

@@ -1,8 +1,8 @@
 """Many problems at once: their requests of one kind go to the model in one call.
 
-Draft proposals wait until no problem is in the middle of a step, so that all of them are made side
-by side; whoever finishes makes room for the next problem in the queue. A solution depends neither
-on the other problems nor on how many there are.
+What takes a pass for every token, drafting and rewriting, waits until nothing else is wanted, and
+is done for as many problems as possible; whoever finishes makes room for the next one in the queue.
+A solution depends neither on the other problems nor on how many there are.
 """
 
 from collections import deque
@@ -151,7 +151,10 @@ class _Schedule:
         return needed
 
     def _next_batch(self) -> list[_Open]:
-        """Problems whose requests go in one call; small groups first, they catch up with others."""
+        """Problems whose requests go in one call.
+
+        Decoding waits until nothing else is wanted, and is then done for as many as possible.
+        """
         groups: dict[Hashable, list[_Open]] = {}
         for problem in self._open:
             assert problem.wants is not None
@@ -159,7 +162,7 @@ class _Schedule:
 
         def rank(group: list[_Open]) -> tuple[bool, int]:
             assert group[0].wants is not None
-            return group[0].wants.begins_step, len(group)
+            return group[0].wants.is_decoding, -len(group)
 
         return min(groups.values(), key=rank)
 

@@ -110,7 +110,6 @@ class Writer:
             sampling=sampling,
             boundary=boundary,
             uniforms=draws,
-            is_draft=author == "draft",
         )
 
     def read(
@@ -141,7 +140,12 @@ class Writer:
         return observations
 
     def capture(self, verifier: VerifierConfig) -> Capture | None:
-        """What the verifying model is to read of its attention, None where it cannot."""
+        """What the verifying model is to read of its attention, None where it cannot or need not.
+
+        Attention that weighs nothing is read for the sake of a detailed record only.
+        """
+        if not verifier.needs_attention and not self._config.detail:
+            return None
         if self.models[verifier.model].capture_refusal is not None:
             return None
         is_source = source_mask(self.prompt, len(self.token_ids), verifier.sources)
