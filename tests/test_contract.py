@@ -102,6 +102,23 @@ def observe(model: Model, prompt: Prompt, token_ids: Any) -> Any:
     return seen
 
 
+def test_a_prefix_is_not_read_again_and_stays_as_it_is(model: Model) -> None:
+    prefix = model.start(Prompt(PROMPT.token_ids[:3], (0, 0)))
+    sequence = model.start(PROMPT, prefix)
+    assert tuple(sequence.token_ids) == PROMPT.token_ids
+    assert tuple(prefix.token_ids) == PROMPT.token_ids[:3]
+    expected = propose(model, model.start(PROMPT), 3, 6)
+    for given in sequence, model.start(PROMPT, prefix):
+        found = propose(model, given, 3, 6)
+        assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one.token_logprobs, other.token_logprobs, atol=1e-4)
+    whole = model.start(PROMPT)
+    assert tuple(model.start(PROMPT, whole).token_ids) == PROMPT.token_ids
+    with pytest.raises(ValueError, match="begin"):
+        model.start(Prompt(PROMPT.token_ids[1:], (0, 0)), prefix)
+
+
 def test_proposing_leaves_the_sequence_as_it_is(model: Model) -> None:
     sequence = model.start(PROMPT)
     first = propose(model, sequence, 4, 6)
