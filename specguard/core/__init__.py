@@ -19,6 +19,7 @@ from specguard.core.model import (
     TokenSequence,
 )
 from specguard.core.records import Solution, Stats, StepRecord
+from specguard.core.reward import RewardModel, RewardSequence
 from specguard.core.text import PieceTable, StepScanner, final_answer
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "Observation",
     "PieceTable",
     "Prompt",
+    "RewardModel",
+    "RewardSequence",
     "Sampling",
     "Solution",
     "SolveConfig",
