@@ -24,6 +24,7 @@ class Checkpoint:
     config: dict[str, Any]
     num_parameters: int
     num_bytes: int
+    weight_files: tuple[Path, ...] = ()
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -35,6 +36,24 @@ class Checkpoint:
     def model_type(self) -> str:
         """Architecture family, as the config names it."""
         return str(self.config.get("model_type", "unknown"))
+
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether it scores steps in place of predicting tokens."""
+        names = self.config.get("architectures") or []
+        return any(str(name).endswith("ForProcessRewardModel") for name in names)
+
+    def check_head(self, is_headless: bool) -> None:
+        """Refuse a model without a language head where one is needed.
+
+        Raises:
+            SpecguardError: it is a process reward model.
+        """
+        if self.is_reward_model and not is_headless:
+            raise SpecguardError(
+                f"{self.name} is a process reward model: it judges steps and writes none",
+                "give it as the reward model, and another one as draft or target",
+            )
 
     @property
     def context_limit(self) -> int:
@@ -78,6 +97,7 @@ def open_checkpoint(source: str) -> Checkpoint:
         config,
         num_parameters=sum(map(_count_numbers, files)),
         num_bytes=sum(path.stat().st_size for path in files),
+        weight_files=tuple(files),
     )
 
 

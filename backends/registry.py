@@ -46,9 +46,17 @@ class Backend(Protocol):
         """Whether it works here, found out without loading a model."""
 
     def load(
-        self, source: str, dtype: str, trust_remote_code: bool, device: str | None
+        self,
+        source: str,
+        dtype: str,
+        trust_remote_code: bool,
+        device: str | None,
+        is_headless: bool = False,
     ) -> LanguageModel[Any]:
         """Load a folder or a downloaded hub id; ``device`` is what followed the name, if anything.
+
+        ``is_headless`` loads the layers alone, for a reward model: hidden states are right and
+        log-probabilities mean nothing. Code that comes with the model is not run then.
 
         Raises:
             SpecguardError: it cannot be loaded; the message says why.

@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers")
 
 from specguard.models.tiny import problems  # noqa: E402
 from specguard.models.tiny.data import Coder, batches, make_coder  # noqa: E402
-from specguard.models.tiny.decoding import greedy  # noqa: E402
+from specguard.models.tiny.decoding import decode  # noqa: E402
 from specguard.models.tiny.drills import drill  # noqa: E402
 from specguard.models.tiny.evaluate import first_place, first_wrong, solve  # noqa: E402
 from specguard.models.tiny.export import export  # noqa: E402
@@ -116,7 +116,7 @@ def test_decoding_and_export_agree(coder: Coder, tmp_path: Path) -> None:
     chosen = [problems.generate(problems.HELD_OUT, index) for index in (0, 7)]
     prompts = [coder.prompt(problem) for problem in chosen]
     for problem, prompt, tokens in zip(
-        chosen, prompts, greedy(network, prompts, coder.end), strict=True
+        chosen, prompts, decode(network, prompts, coder.end), strict=True
     ):
         chat = [{"role": "user", "content": problem.text}]
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

@@ -161,7 +161,7 @@ def test_leaving_early_closes_every_sequence() -> None:
 
 def test_a_budget_bounds_how_many_are_open() -> None:
     pair = engine(method="target")
-    # A token takes one byte in the reference model: 4 x (11 prompt tokens + 60) of target and draft.
+    # A token takes one byte in the reference model; draft and target hold the prompt and 60 more.
     one = 2 * 4 * (len("problem 0") + 2 + 60)
     sizes = []
     target = pair.target

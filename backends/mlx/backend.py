@@ -47,14 +47,19 @@ class MlxBackend:
         )
 
     def load(
-        self, source: str, dtype: str, trust_remote_code: bool, device: str | None
+        self,
+        source: str,
+        dtype: str,
+        trust_remote_code: bool,
+        device: str | None,
+        is_headless: bool = False,
     ) -> LanguageModel[Any]:
         """Load a model onto MLX's default device."""
         if device is not None:
             raise UsageError("backend 'mlx' has one device: leave the number out")
         from specguard.backends.mlx.loading import load_model
 
-        return load_model(source, dtype, trust_remote_code)
+        return load_model(source, dtype, trust_remote_code, is_headless)
 
     def _not_usable(self, reason: str) -> BackendStatus:
         hint = "pip install 'specguard[mlx]'"

@@ -4,6 +4,7 @@ from typing import Any
 
 import mlx.core as mx
 import psutil
+from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load_model as load_mlx_model
 
 from specguard.backends.checkpoint import Checkpoint, open_checkpoint
@@ -16,11 +17,14 @@ _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16
 _GIB = 2**30
 
 
-def load_model(source: str, dtype: str = "auto", trust_remote_code: bool = False) -> MlxModel:
+def load_model(
+    source: str, dtype: str = "auto", trust_remote_code: bool = False, is_headless: bool = False
+) -> MlxModel:
     """Load a folder or a downloaded hub id (``owner/name[@revision]``), quantised or not.
 
     ``dtype`` "auto" is what the checkpoint holds on a GPU and float32 on a CPU. Quantised weights
-    stay as they are; the dtype is then that of everything else.
+    stay as they are; the dtype is then that of everything else. ``is_headless`` is for reward
+    models: a language head is not asked for.
 
     Raises:
         SpecguardError: too little memory, or a checkpoint that is missing, broken, or of a kind
@@ -28,6 +32,7 @@ def load_model(source: str, dtype: str = "auto", trust_remote_code: bool = False
     """
     number_type = _dtype(dtype)
     checkpoint = open_checkpoint(source)
+    checkpoint.check_head(is_headless)
     refusal = checkpoint.capture_refusal or _rope_refusal(checkpoint)
     if refusal is not None:
         raise SpecguardError(
@@ -41,8 +46,10 @@ def load_model(source: str, dtype: str = "auto", trust_remote_code: bool = False
         model, _ = load_mlx_model(
             checkpoint.folder,
             lazy=True,
-            model_config=_rope_settings(checkpoint.text_config),
-            trust_remote_code=trust_remote_code,
+            model_config=_rope_settings(checkpoint.text_config)
+            | ({"tie_word_embeddings": True} if is_headless else {}),
+            get_model_classes=_headless_classes if is_headless else _get_classes,
+            trust_remote_code=trust_remote_code and not is_headless,
         )
         if number_type is not None:
             model.set_dtype(number_type)
@@ -60,6 +67,23 @@ def load_model(source: str, dtype: str = "auto", trust_remote_code: bool = False
         tokenizer,
         context_limit=checkpoint.context_limit,
     )
+
+
+def _headless_classes(config: dict[str, Any]) -> tuple[type[Any], type[Any]]:
+    """The classes of a config, the model without what stands above its layers."""
+    base, arguments = _get_classes(config)
+
+    def sanitize(self: Any, weights: dict[str, Any]) -> dict[str, Any]:
+        # mlx-lm refuses weights that it has no place for.
+        above = ("score.", "lm_head.")
+        kept = {name: value for name, value in weights.items() if not name.startswith(above)}
+        cleaned: dict[str, Any] = base.sanitize(self, kept) if hasattr(base, "sanitize") else kept
+        return cleaned
+
+    # Under the module of the model itself, which messages name.
+    return type(
+        "Headless", (base,), {"sanitize": sanitize, "__module__": base.__module__}
+    ), arguments
 
 
 def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:

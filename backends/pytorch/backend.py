@@ -49,14 +49,19 @@ class TorchBackend:
         return BackendStatus(self.name, True, device, version, psutil.virtual_memory().total)
 
     def load(
-        self, source: str, dtype: str, trust_remote_code: bool, device: str | None
+        self,
+        source: str,
+        dtype: str,
+        trust_remote_code: bool,
+        device: str | None,
+        is_headless: bool = False,
     ) -> LanguageModel[Any]:
         """Load a model onto this backend's device."""
         if device is not None and self.name != "cuda":
             raise UsageError(f"backend {self.name!r} has one device: leave the number out")
         from specguard.backends.pytorch.loading import load_model
 
-        return load_model(source, device or self.name, dtype, trust_remote_code)
+        return load_model(source, device or self.name, dtype, trust_remote_code, is_headless)
 
 
 CPU, CUDA, MPS = TorchBackend("cpu"), TorchBackend("cuda"), TorchBackend("mps")

@@ -22,11 +22,16 @@ _GIB = 2**30
 
 
 def load_model(
-    source: str, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False
+    source: str,
+    device: str = "cpu",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    is_headless: bool = False,
 ) -> TorchModel:
     """Load a folder or a downloaded hub id (``owner/name[@revision]``).
 
-    ``dtype`` "auto" is bfloat16 on CUDA, float16 on MPS and float32 on a CPU.
+    ``dtype`` "auto" is bfloat16 on CUDA, float16 on MPS and float32 on a CPU. ``is_headless`` is
+    for reward models: a language head is not asked for.
 
     Raises:
         SpecguardError: no such device, too little memory, or a checkpoint that is missing, broken
@@ -35,6 +40,7 @@ def load_model(
     place = _device(device)
     number_type = _dtype(dtype, place)
     checkpoint = open_checkpoint(source)
+    checkpoint.check_head(is_headless)
     _check_usable(checkpoint)
     _check_memory(checkpoint, place, number_type)
     refusal = checkpoint.capture_refusal
@@ -49,7 +55,9 @@ def load_model(
                 attn_implementation=ATTENTION_NAME if refusal is None else "eager",
                 local_files_only=True,
                 use_safetensors=True,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=trust_remote_code and not is_headless,
+                # The embeddings stand in for a language head that may not be there.
+                **({"tie_word_embeddings": True} if is_headless else {}),
             )
             model = model.to(place)
     except torch.OutOfMemoryError as error:

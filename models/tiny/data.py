@@ -34,11 +34,11 @@ class Coder:
 
     def prompt(self, problem: problems.Problem) -> list[int]:
         """Ids up to where the solution begins."""
-        return self._ids(prompt_text(problem.text))
+        return self.ids(prompt_text(problem.text))
 
     def row(self, problem: problems.Problem) -> Row:
         """Ids of prompt, solution and end; all but the prompt is learned."""
-        prompt, solution = self.prompt(problem), [*self._ids(problem.solution), self.end]
+        prompt, solution = self.prompt(problem), [*self.ids(problem.solution), self.end]
         return Row([*prompt, *solution], [False] * len(prompt) + [True] * len(solution))
 
     def pieces(self, pieces: list[tuple[str, bool]]) -> Row:
@@ -46,12 +46,13 @@ class Coder:
         ids: list[int] = []
         learned: list[bool] = []
         for text, is_learned in pieces:
-            found = self._ids(text)
+            found = self.ids(text)
             ids += found
             learned += [is_learned] * len(found)
         return Row(ids, learned)
 
-    def _ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
+        """Ids of a text, as they are anywhere in a longer one that is cut at its pieces."""
         ids: list[int] = self.tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 

@@ -1,6 +1,6 @@
-"""Greedy decoding of many problems at once, for whole-problem accuracy."""
+"""Decoding of many problems at once: greedy for whole-problem accuracy, sampled for more text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,23 +11,48 @@ from specguard.models.tiny.network import Network, norm
 MAX_TOKENS = 480
 
 
+Choose = Callable[[Tensor], Tensor]  # logits [B, V] to token ids [B]
+
+
+def most_probable(logits: Tensor) -> Tensor:
+    """The token with the highest logit."""
+    return logits.argmax(-1)
+
+
+def sampler(temperature: float, seed: int) -> Choose:
+    """Draws tokens at a temperature, from the whole distribution."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits: Tensor) -> Tensor:
+        probabilities = (logits / temperature).softmax(-1)
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+    return choose
+
+
 @torch.inference_mode()
-def greedy(
-    network: Network, prompts: Sequence[list[int]], end: int, batch_size: int = 100
+def decode(
+    network: Network,
+    prompts: Sequence[list[int]],
+    end: int,
+    batch_size: int = 100,
+    choose: Choose = most_probable,
 ) -> list[list[int]]:
-    """The most probable continuation of each prompt, token ids without the ``end``."""
+    """The continuation of each prompt, by default the most probable; ids without the ``end``."""
     found: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
         for row, tokens in zip(
-            rows, _decode(network, [prompts[r] for r in rows], end), strict=True
+            rows, _decode(network, [prompts[r] for r in rows], end, choose), strict=True
         ):
             found[row] = tokens
     return found
 
 
-def _decode(network: Network, prompts: list[list[int]], end: int) -> list[list[int]]:
+def _decode(
+    network: Network, prompts: list[list[int]], end: int, choose: Choose
+) -> list[list[int]]:
     device = network.norm.device
     length = max(map(len, prompts))
     # Padded on the left: rotary positions matter by their differences alone.
@@ -56,7 +81,7 @@ def _decode(network: Network, prompts: list[list[int]], end: int) -> list[list[i
         for layer, (keys, values) in zip(network.layers, caches, strict=True):
             x = layer(x, (cos[begin:stop], sin[begin:stop]), (keys, values, begin), mask[:, None])
         x = norm(x[:, -1], network.norm, shape.rms_norm_eps)
-        chosen: Tensor = functional.linear(x, outward).argmax(-1)
+        chosen = choose(functional.linear(x, outward))
         for row, token in zip(active, chosen.tolist(), strict=True):
             if token == end:
                 ended.add(row)

@@ -14,7 +14,7 @@ import torch
 from specguard.models.tiny import problems
 from specguard.models.tiny.checker import judge
 from specguard.models.tiny.data import Coder, make_coder
-from specguard.models.tiny.decoding import greedy
+from specguard.models.tiny.decoding import decode
 from specguard.models.tiny.network import Network
 from specguard.models.tiny.recipes import RECIPES, load_network
 
@@ -42,7 +42,7 @@ def solve(network: Network, coder: Coder, stream: int, count: int, start: int = 
     batch = list(islice(problems.stream(stream, start), count))
     was_training = network.training
     network.eval()
-    outputs = greedy(network, [coder.prompt(problem) for problem in batch], coder.end)
+    outputs = decode(network, [coder.prompt(problem) for problem in batch], coder.end)
     network.train(was_training)
     right, steps, right_steps = 0, 0, 0
     places, kinds, wrong = Counter[str](), Counter[str](), []

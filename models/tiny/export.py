@@ -48,16 +48,23 @@ def llama_weights(network: Network) -> dict[str, Tensor]:
         "lm_head.weight": network.vectors("out"),
         "model.norm.weight": network.norm,
     }
+    weights |= layer_parameters(network)
+    return {name: tensor.detach().clone() for name, tensor in weights.items()}
+
+
+def layer_parameters(network: Network) -> dict[str, Tensor]:
+    """The parameters of the network's layers under transformers' names."""
+    found: dict[str, Tensor] = {}
     for index, block in enumerate(network.blocks):
         start = f"model.layers.{index}"
         for name, parameter in block.named_parameters():
             part = name.split(".")[0]
             if part.endswith("layernorm"):
-                weights[f"{start}.{part}.weight"] = parameter
+                found[f"{start}.{part}.weight"] = parameter
             else:
                 group = "self_attn" if part[:2] in ("q_", "k_", "v_", "o_") else "mlp"
-                weights[f"{start}.{group}.{name}"] = parameter
-    return {name: tensor.detach().clone() for name, tensor in weights.items()}
+                found[f"{start}.{group}.{name}"] = parameter
+    return found
 
 
 def export(network: Network, coder: Coder, folder: Path) -> None:
@@ -65,17 +72,22 @@ def export(network: Network, coder: Coder, folder: Path) -> None:
     llama = LlamaForCausalLM(llama_config(network, coder))
     llama.load_state_dict(llama_weights(network))
     llama.to(torch.bfloat16).save_pretrained(folder)
+    save_tokenizer(coder, folder)
+    # mlx-lm's Llama looks for the rotary base here, not where transformers 5 writes it.
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    settings["rope_theta"] = network.shape.rope_theta
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def save_tokenizer(coder: Coder, folder: Path) -> None:
+    """Save the tokenizer so that every loader takes it as it is."""
     coder.tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     # The name that every loader of the folder knows, mlx-lm's included.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings = {key: value for key, value in settings.items() if "local" not in key}
-    path.write_text(json.dumps(settings, indent=2) + "\n")
-    # mlx-lm's Llama looks for the rotary base here, not where transformers 5 writes it.
-    path = folder / "config.json"
-    settings = json.loads(path.read_text())
-    settings["rope_theta"] = network.shape.rope_theta
     path.write_text(json.dumps(settings, indent=2) + "\n")
 
 

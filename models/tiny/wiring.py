@@ -27,7 +27,7 @@ _NOISE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class _Head:
+class Head:
     """Views of one head's rows (queries, keys, values) and columns (output), and its positions."""
 
     q: Tensor
@@ -45,6 +45,7 @@ class _Head:
 
     @property
     def scale(self) -> float:
+        """What the product of a query and a key is divided by."""
         return float(self.q.shape[0] ** 0.5)
 
     def prefer(self, pairs: slice, distance: float, strength: float) -> None:
@@ -76,11 +77,12 @@ class _Head:
         self.o[self.dims(goal), : self.part] += gain * eye
 
 
-def _head(network: Network, layer: int, index: int) -> _Head:
+def head_of(network: Network, layer: int, index: int) -> Head:
+    """One head of a network, to be wired."""
     found, size = network.blocks[layer], network.shape.head_dim
     rows = slice(index * size, (index + 1) * size)
     steps = torch.arange(0, size, 2).float() / size
-    return _Head(
+    return Head(
         found.q_proj.weight.data[rows],
         found.k_proj.weight.data[rows],
         found.v_proj.weight.data[rows],
@@ -119,10 +121,10 @@ def wire(network: Network, lexicon: Lexicon, seed: int) -> None:
 def _look_back(network: Network) -> None:
     amplitude = 6**0.5
     for index, (distance, part) in enumerate([(1, BEFORE), (2, BEFORE_2)]):
-        head = _head(network, 0, index)
+        head = head_of(network, 0, index)
         head.prefer(slice(0, 4), distance, 16.0)
         head.carry(OWN, part, 1 / amplitude)
-    mix = _head(network, 0, 2)
+    mix = head_of(network, 0, 2)
     # Rates that tell the last few tokens from those before, and never come round again together.
     fast = int((mix.rates > 0.33).sum())
     mix.prefer(slice(fast, int((mix.rates > 0.03).sum())), 0, 2.5)
@@ -141,19 +143,19 @@ def _find(network: Network) -> None:
     amplitude, size = 1.28, len(_slow(network, 0, 1000))
     third = size // 3
     parts = [_slow(network, i * third, third) for i in range(3)]
-    following = _head(network, 1, 0)
+    following = head_of(network, 1, 0)
     following.match(parts[0], OWN, BEFORE, 12.0, amplitude)
     following.match(parts[1], BEFORE, BEFORE_2, 8.0, amplitude)
     following.match(parts[2], MIX, MIX, 8.0, amplitude)
     following.prefer(_recency(network), 0, 1.0)
     following.carry(OWN, FOUND, 0.8)
-    latest = _head(network, 1, 1)
+    latest = head_of(network, 1, 1)
     half = size // 2
     latest.match(_slow(network, 0, half), OWN, BEFORE, 12.0, amplitude)
     latest.match(_slow(network, half, half), BEFORE, BEFORE_2, 14.0, amplitude)
     latest.prefer(_recency(network), 0, 14.0)
     latest.carry(OWN, FOUND, 0.6)
-    second = _head(network, 1, 2)
+    second = head_of(network, 1, 2)
     second.match(_slow(network, 0, half), OWN, BEFORE_2, 12.0, amplitude)
     second.match(_slow(network, half, half), MIX, MIX, 16.0, amplitude)
     second.carry(OWN, SECOND, 0.8)
@@ -166,7 +168,7 @@ def _go_on_with_numbers(network: Network, stop: Tensor, sink: Tensor) -> None:
     begins with 1. The third token back lies in the part SECOND, save at the end of a sentence,
     where that part is needed.
     """
-    back = _head(network, 0, 3)
+    back = head_of(network, 0, 3)
     back.prefer(slice(0, 4), 3, 16.0)
     last = network.shape.head_dim - 1
     own, size = back.dims(OWN), (40.0 * back.scale) ** 0.5 / back.part / 6**0.5
@@ -174,7 +176,7 @@ def _go_on_with_numbers(network: Network, stop: Tensor, sink: Tensor) -> None:
     back.k[last, own] += size * sink
     back.carry(OWN, SECOND, 1 / 6**0.5)
     back.v[: back.part, own] -= torch.outer(sink, sink) / back.part
-    number = _head(network, 1, 3)
+    number = head_of(network, 1, 3)
     size_of = len(_slow(network, 0, 1000)) // 3
     parts = [(OWN, BEFORE), (BEFORE, BEFORE_2), (BEFORE_2, SECOND)]
     for index, (asked, offered) in enumerate(parts):
@@ -199,7 +201,7 @@ def _point(network: Network, lexicon: Lexicon, codes: Tensor) -> None:
     end, idle = network.shape.head_dim - 1, network.shape.head_dim - 2
     rest = _after_two_layers(network, lexicon)
     for index, (asked, source) in enumerate([(OWN, FOUND), (BEFORE, SECOND)]):
-        head = _head(network, 2, index)
+        head = head_of(network, 2, index)
         # 26 for a stop seen from the start of a step, 10 for the first token from anywhere.
         size = (26.0 * head.scale) ** 0.5 / head.part
         head.q[end, head.dims(asked)] += size * line

@@ -1,6 +1,8 @@
-"""A process reward model as the step loop sees it: text in, probabilities out.
+"""What judges steps by their text: process reward models, seen from the step loop.
 
-Such models have tokenizers of their own, so nothing of a pair's tokens passes here.
+A reward model has a tokenizer of its own, so it is spoken to in text. Its rewards say how probable
+it is that a step is right: reward-guided speculative decoding accepts a draft step by them
+(arXiv 2501.19324), best-of-n chooses among solutions.
 """
 
 from collections.abc import Sequence
@@ -8,24 +10,33 @@ from typing import Protocol
 
 
 class RewardSequence(Protocol):
-    """The judge of one problem's solution while it grows."""
+    """The solution of one problem as a reward model reads it; holds KV until it is closed."""
 
     def rewards(self, steps: Sequence[str]) -> list[float]:
-        """The probability that each step is right, of all steps of the solution so far.
+        """The probability in [0, 1] that each step is right, given the problem and those before.
 
-        What successive calls have in common at the beginning is read once.
+        ``steps`` are the texts of all steps so far, with or without the delimiter. What they share
+        with the steps of the call before is not computed again, so that asking after every step,
+        replaced ones included, costs the new step only.
+
+        Raises:
+            SpecguardError: the solution does not fit the model's context window.
         """
 
     def close(self) -> None:
-        """Give the KV back."""
+        """Give the KV back. Closing twice is fine; `rewards` on a closed one raises."""
 
 
 class RewardModel(Protocol):
-    """A process reward model."""
+    """A process reward model, ready to read problems."""
 
     @property
     def name(self) -> str:
         """Folder, hub id or other name to show to the user."""
 
     def start(self, problem: str) -> RewardSequence:
-        """A judge for one problem."""
+        """Read a problem, so that the steps of a solution can be judged.
+
+        Raises:
+            SpecguardError: the problem does not fit the model's context window.
+        """
