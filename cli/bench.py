@@ -14,6 +14,7 @@ from specguard.cli.options import model_options
 from specguard.cli.output import console
 from specguard.core import Engine, SpecguardError
 from specguard.files import write_atomically
+from specguard.loading import choose, load_reward
 
 _DEFAULT_METHODS = "target,draft,sd,specguard,paper"
 
@@ -24,10 +25,19 @@ _DEFAULT_METHODS = "target,draft,sd,specguard,paper"
     "--methods",
     default=_DEFAULT_METHODS,
     show_default=True,
-    help="Separated by commas; NAME@K is one with K candidates or votes.",
+    help="Separated by commas; NAME@K is one with K candidates, or K samples to choose "
+    "from; NAME@=METHOD with as many as come nearest to the time of METHOD.",
 )
 @data_options
 @click.option("--seeds", default="0", show_default=True, help="Separated by commas.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Problems at a time; times are then shares of a batch.",
+)
+@click.option("--reward", metavar="MODEL", help="Process reward model, in place of the pair's.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
@@ -48,6 +58,8 @@ def bench(
     fields: str | None,
     limit: int | None,
     seeds: str,
+    batch_size: int,
+    reward: str | None,
     output: Path,
 ) -> None:
     """Compare METHODS on a data set: accuracy, latency, acceptance, and what the target had to do.
@@ -70,6 +82,11 @@ def bench(
     chosen = choose_methods(tuple(filter(None, map(str.strip, methods.split(",")))), engine.config)
     if not chosen:
         raise UsageError("no method is given")
+    if any(method.needs_reward for method in chosen):
+        found = choose(pair, backend, draft, target).pair
+        engine.reward = load_reward(found, reward, backend, dtype, trust_remote_code)
+    elif reward is not None:
+        raise UsageError("--reward has no meaning: none of the methods asks a reward model")
     try:
         from specguard.bench.runner import Run
     except ImportError as error:
@@ -77,7 +94,7 @@ def bench(
             f"the package {error.name} is not installed", "pip install 'specguard[bench]'"
         ) from error
     name, _, _ = choose_backend(backend)
-    run = Run(engine, items, chosen, numbers, output, name)
+    run = Run(engine, items, chosen, numbers, output, name, batch_size)
     try:
         _work(run, err)
     finally:

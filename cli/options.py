@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
 from specguard.core.config import (
     PRESETS,
     TARGET_SELECTOR,
+    Method,
     SolveConfig,
     VerifierConfig,
     ensemble_weights,
@@ -18,21 +19,27 @@ from specguard.core.model import Sampling
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Options that only step-level speculation has a use for, by parameter name.
-SPECULATION_ONLY = {
-    "num_candidates": "--k",
-    "preset": "--preset",
-    "beta": "--beta",
-    "threshold": "--threshold",
-    "verifier": "--verifier",
-    "sources": "--sources",
-    "selector": "--selector",
-    "rewrite_temperature": "--rewrite-temperature",
+# Options that only some methods have a use for, by parameter name.
+_SPECGUARD, _STEPWISE = ("specguard",), ("specguard", "rsd")
+LIMITED = {
+    "num_candidates": ("--k", _STEPWISE),
+    "num_first_candidates": ("--first-k", _STEPWISE),
+    "preset": ("--preset", _SPECGUARD),
+    "beta": ("--beta", _SPECGUARD),
+    "threshold": ("--threshold", _STEPWISE),
+    "verifier": ("--verifier", _SPECGUARD),
+    "sources": ("--sources", _SPECGUARD),
+    "selector": ("--selector", _STEPWISE),
+    "rewrite_temperature": ("--rewrite-temperature", _STEPWISE),
+    "num_speculated": ("--speculate", (*_STEPWISE, "sd")),
+    "reward": ("--reward", ("rsd",)),
+    "no_fallback": ("--no-fallback", _STEPWISE),
 }
 # Options that are fields of `SolveConfig` as they stand.
 UNCHANGED = (
     "method",
     "num_candidates",
+    "num_first_candidates",
     "num_speculated",
     "selector",
     "max_tokens",
@@ -90,13 +97,30 @@ def method_options(command: F) -> F:
         (
             click.option(
                 "--method",
-                type=click.Choice(["specguard", "target", "draft", "sd"]),
+                type=click.Choice(list(get_args(Method))),
                 default="specguard",
                 show_default=True,
-                help="Step-level speculation, plain decoding by one model, or token-level "
-                "speculation (sd).",
+                help="Step-level speculation, the same by a reward model's judgement (rsd), plain "
+                "decoding by one model, or token-level speculation (sd).",
             ),
             click.option("--k", "num_candidates", type=int, help="Candidate steps per step."),
+            click.option(
+                "--first-k",
+                "num_first_candidates",
+                type=int,
+                help="Candidates drawn first; the others only where these disagree.",
+            ),
+            click.option(
+                "--reward",
+                metavar="MODEL",
+                help="Process reward model of --method rsd, in place of the pair's.",
+            ),
+            click.option(
+                "--no-fallback",
+                is_flag=True,
+                default=None,
+                help="Draft every step, even while that is slower than the target alone.",
+            ),
             click.option(
                 "--temperature", type=float, help="Of the draft's candidates, or of plain decoding."
             ),
@@ -167,18 +191,26 @@ def settings_from(options: Mapping[str, Any], base: SolveConfig) -> dict[str, An
     """
     given = {name: value for name, value in options.items() if value is not None}
     check_unicode(given.get("system_prompt", ""), "--system-prompt")
-    if given["method"] != "specguard":
-        for name, flag in SPECULATION_ONLY.items():
-            if name in given:
-                raise UsageError(
-                    f"{flag} has no meaning with --method {given['method']}",
-                    "leave it out, or use --method specguard",
-                )
+    for name, (flag, methods) in LIMITED.items():
+        if name in given and given["method"] not in methods:
+            raise UsageError(
+                f"{flag} has no meaning with --method {given['method']}",
+                f"leave it out, or use --method {' or '.join(methods)}",
+            )
     changes = {name: given[name] for name in UNCHANGED if name in given}
     if "num_speculated" in given:
-        if given["method"] in ("target", "draft"):
-            raise UsageError(f"--speculate has no meaning with --method {given['method']}")
         changes["rewrite"] = "speculate"
+    if "no_fallback" in given:
+        changes["draft_cost"] = None
+    if given["method"] == "rsd":
+        if "threshold" in given:
+            changes["reward_threshold"] = given.pop("threshold")
+        # One greedy candidate is the published method; several are for whoever asks for them.
+        changes.setdefault("num_candidates", 1)
+        if changes.setdefault("selector", "draft") == TARGET_SELECTOR:
+            raise UsageError(
+                "the target does not select with --method rsd", "choose another --selector"
+            )
     if "temperature" in given or "top_p" in given:
         usual = replace(base, method=given["method"]).step_sampling
         changes["sampling"] = Sampling(

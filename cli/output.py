@@ -11,7 +11,7 @@ from specguard.core.config import SolveConfig
 from specguard.core.records import Solution, StepRecord
 from specguard.loading import Choice
 
-_SHOWN_SCORES = ("log_prob", "grounding", "consistency")
+_SHOWN_SCORES = ("log_prob", "grounding", "consistency", "reward")
 
 
 def console(stderr: bool = False) -> Console:
@@ -61,7 +61,7 @@ class Reporter:
         style, label = {
             "accepted": ("green", "accepted draft"),
             "rewritten": ("yellow", "rewritten by target"),
-            "plain": ("cyan", step.author),
+            "plain": ("cyan", f"{step.author}, no draft" if step.is_fallback else step.author),
         }[step.decision]
         self.out.print(Text(f"[{step.index + 1}] {label}", style=f"bold {style}"), end="")
         self.out.print(Text(f"  {_scores(step)}", style="dim"))
@@ -90,6 +90,10 @@ class Reporter:
         if stats.num_guessed_tokens:
             share = stats.num_kept_tokens / stats.num_guessed_tokens
             parts.append(f"kept {share:.0%} of {stats.num_guessed_tokens} guessed tokens")
+        if stats.num_spared_candidates:
+            parts.append(f"{stats.num_spared_candidates} candidates spared")
+        if stats.num_fallback_steps:
+            parts.append(f"{stats.num_fallback_steps} steps without a draft, which did not pay")
         self.err.print(" | ".join(parts), style="dim")
 
 

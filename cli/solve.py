@@ -48,6 +48,7 @@ def solve(
     quiet: bool,
     detail: bool,
     trace: Path | None,
+    reward: str | None,
     **options: Any,
 ) -> None:
     """Solve PROBLEM, given as an argument, on standard input (-) or in a --file."""
@@ -59,7 +60,7 @@ def solve(
         raise UsageError("--trace and --jsonl exclude one another")
     text = read_problem(problem, file)
     choice = choose(pair, backend, draft, target)
-    settings = settings_from(options, configure(choice.pair, profile))
+    settings = settings_from({**options, "reward": reward}, configure(choice.pair, profile))
     reporter = Reporter(is_silent=as_json or as_jsonl or quiet)
     with reporter.loading() as progress:
         engine = load(
@@ -70,6 +71,7 @@ def solve(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             profile=profile,
+            reward=reward,
             progress=progress,
             detail=detail or trace is not None,
             **settings,

@@ -4,8 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from specguard.backends.checkpoint import is_on_disk, open_checkpoint
 from specguard.backends.registry import choose_backend
-from specguard.core import Engine, LanguageModel, SolveConfig, UsageError
+from specguard.core import (
+    DraftCost,
+    Engine,
+    LanguageModel,
+    RewardModel,
+    SolveConfig,
+    UsageError,
+)
 from specguard.models.pairs import BUILT_IN_PAIR, PAIRS, ModelPair, find_pair
 from specguard.models.profiles import find_profile
 from specguard.models.settings import chosen_pair
@@ -31,6 +39,7 @@ def load(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     profile: str | None = None,
+    reward: str | None = None,
     progress: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Engine:
@@ -44,6 +53,8 @@ def load(
         target: the same for the target.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: run Python code that comes with a checkpoint.
+        reward: a process reward model for method "rsd": a folder or downloaded hub id in place of
+            the pair's.
         profile: a fitted verifier in place of the pair's, see ``specguard calibrate``.
         progress: called with each model's name before it is loaded.
         settings: fields of `SolveConfig`; the pair's own hold where nothing is given.
@@ -54,6 +65,8 @@ def load(
     """
     choice = choose(pair, backend, draft, target)
     config = configure(choice.pair, profile, **settings)
+    if config.draft_cost is None and "draft_cost" not in settings:
+        config = replace(config, draft_cost=_cost_by_size(choice))
     if len(config.authors) > 1 and (choice.draft is None or choice.target is None):
         raise UsageError("a draft and a target go together", "give both, or name a pair")
     _, implementation, device = choose_backend(backend)
@@ -66,9 +79,46 @@ def load(
             progress(source)
         models.append(implementation.load(source, dtype, trust_remote_code, device))
     engine = Engine(models[0], models[1], config)
+    if reward is not None or config.method == "rsd":
+        engine.reward = load_reward(
+            choice.pair, reward, backend, dtype, trust_remote_code, progress
+        )
     if profile is not None:
         find_profile(profile).check(engine)
     return engine
+
+
+def load_reward(
+    pair: ModelPair | None,
+    reward: str | None = None,
+    backend: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> RewardModel:
+    """Load the process reward model that was named, or else the pair's.
+
+    Raises:
+        UsageError: none is named and the pair has none.
+        SpecguardError: it cannot be used.
+    """
+    source = reward or (pair.reward if pair is not None else None)
+    if source is None:
+        raise UsageError("a process reward model is needed", "name one with --reward")
+    if progress is not None:
+        progress(source)
+    from specguard.backends.reward import load_reward_model
+
+    return load_reward_model(source, backend, dtype, trust_remote_code)
+
+
+def _cost_by_size(choice: Choice) -> DraftCost | None:
+    """A decode step takes as long as its weights take to read; None where these are not known."""
+    sources = [source for source in (choice.draft, choice.target) if source is not None]
+    if len(sources) < 2 or not all(map(is_on_disk, sources)):
+        return None
+    draft, target = map(open_checkpoint, sources)
+    return DraftCost(draft.num_bytes / target.num_bytes)
 
 
 def choose(
@@ -90,8 +140,8 @@ def choose(
         found, is_fallback = _default_pair(weights)
     pair_draft, pair_target = found.sources(weights)
     if draft is not None or target is not None:
-        # Bounds are fitted to both models; the rest of the pair's settings still holds.
-        found = replace(found, verifier=replace(found.verifier, bounds={}))
+        # Bounds and costs are those of the two models; the rest of the pair's settings still holds.
+        found = replace(found, verifier=replace(found.verifier, bounds={}), draft_cost=None)
     return Choice(found, draft or pair_draft, target or pair_target, name, is_fallback)
 
 
@@ -108,6 +158,7 @@ def configure(pair: ModelPair | None, profile: str | None = None, **settings: An
             num_candidates=pair.num_candidates,
             selector=pair.selector,
             verifier=pair.verifier,
+            draft_cost=pair.draft_cost,
             system_prompt=pair.system_prompt,
         )
     if profile is not None:

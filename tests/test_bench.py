@@ -3,7 +3,7 @@
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from specguard.bench.report import as_csv, as_markdown, summarise
 from specguard.bench.runner import vote
 from specguard.bench.statistics import accuracy_interval, interval, mcnemar, paired_p, wilson
 from specguard.cli.main import main
-from specguard.core import SolveConfig, SpecguardError
+from specguard.core import SolveConfig, SpecguardError, config
 
 
 def run(*arguments: object) -> Result:
@@ -124,14 +124,14 @@ def test_every_method_is_a_setting_that_can_be_run() -> None:
     base = SolveConfig()
     for name, method in known_methods(base).items():
         assert method.name == name
-        assert method.config(base).method in ("specguard", "target", "draft", "sd")
+        assert method.config(base).method in get_args(config.Method)
     greedy, sampled = choose_methods(("target", "target-sampled"), base)
     assert not greedy.is_random(base)
     assert sampled.is_random(base)
     [four] = choose_methods(("paper@4",), base)
     assert four.config(base).num_candidates == 4
     [votes] = choose_methods(("majority-draft@3",), base)
-    assert votes.num_votes == 3
+    assert votes.num_samples == 3
 
 
 def test_the_most_frequent_answer_wins() -> None:

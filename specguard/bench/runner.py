@@ -1,7 +1,10 @@
 """Solve a data set by several methods, problem by problem, each row kept as soon as it is there."""
 
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from contextlib import closing
+from dataclasses import asdict, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +12,24 @@ from specguard.bench.datasets import DataSet, Item
 from specguard.bench.grading import Grader, clean
 from specguard.bench.journal import Journal
 from specguard.bench.methods import Method
-from specguard.core import Engine
+from specguard.core import Engine, Finished, Task, solve_many
 from specguard.core.errors import SpecguardError
 from specguard.core.records import Solution
 
 FILE_NAME = "results.jsonl"
+_BATCHES_A_TURN = 4  # so that methods take turns, and batches are full most of the time
+_MOST_MATCHED = 64
+
+Job = tuple[Item, Method, int]  # the last one is the seed
 
 
 class Run:
     """One benchmark in a folder; iterating over `rows_to_come` does what is missing.
 
     All methods solve a problem before the next problem begins, so that a run that is cut short
-    compares them on the same problems. Started again with the same settings it computes nothing
-    twice; more problems, methods or seeds may be added.
+    compares them on the same problems; with a ``batch_size`` above 1 they take turns of a few
+    batches. Started again with the same settings it computes nothing twice; more problems, methods
+    or seeds may be added.
 
     Raises:
         SpecguardError: the folder holds a run with other settings or is in use.
@@ -35,14 +43,18 @@ class Run:
         seeds: Sequence[int],
         folder: Path,
         backend: str,
+        batch_size: int = 1,
     ) -> None:
         self.engine, self.data, self.methods = engine, data, methods
-        settings = {
+        settings: dict[str, Any] = {
             "dataset": data.name,
             "backend": backend,
             "draft": engine.draft.name if engine.draft else None,
             "target": engine.target.name if engine.target else None,
         }
+        self.batch_size = batch_size
+        if batch_size > 1:
+            settings["batch_size"] = batch_size  # times are shares of calls then, not waits
         self.journal = Journal(folder / FILE_NAME, settings)
         try:
             self._check_configs()
@@ -73,10 +85,24 @@ class Run:
     def rows_to_come(self) -> Iterator[dict[str, Any]]:
         """Work out what is missing; each row is on the disk when it is yielded."""
         with Grader() as grader:
-            for item, method, seed in self._missing:
-                row = self._solve(item, method, seed, grader)
-                self.journal.append(row)
-                yield row
+            for turn in self._turns():
+                for job, solutions in self._solve(turn):
+                    row = self._row(*job, solutions, grader)
+                    self.journal.append(row)
+                    yield row
+
+    def _turns(self) -> Iterator[list["Job"]]:
+        """Jobs of one method that are done together."""
+        if self.batch_size == 1:
+            yield from ([job] for job in self._missing)
+            return
+        items = list(dict.fromkeys(item.id for item, _, _ in self._missing))
+        for first in range(0, len(items), _BATCHES_A_TURN * self.batch_size):
+            ids = set(items[first : first + _BATCHES_A_TURN * self.batch_size])
+            for method in self.methods:
+                turn = [job for job in self._missing if job[0].id in ids and job[1] is method]
+                if turn:
+                    yield turn
 
     def close(self) -> None:
         """Let other runs use the folder."""
@@ -99,17 +125,58 @@ class Run:
                 )
 
     def _config_of(self, method: Method) -> str:
-        return f"{method.config(self.engine.config)!r}, votes {method.num_votes}"
+        sampled = f"{method.num_samples} samples by {method.choice}, matched {method.matched}"
+        return f"{method.config(self.engine.config)!r}, {sampled}"
 
-    def _solve(self, item: Item, method: Method, seed: int, grader: Grader) -> dict[str, Any]:
-        solutions = [
-            self.engine.solve(
-                item.problem, **{**method.changes, "seed": seed * method.num_votes + number}
-            )
-            for number in range(method.num_votes)
+    def _solve(self, turn: list["Job"]) -> Iterator[tuple["Job", list[Solution]]]:
+        """Each job with its solutions, as soon as all of them are there."""
+        if self.batch_size == 1 or turn[0][1].matched is not None:
+            for job in turn:
+                yield job, list(self._samples(*job))
+            return
+        tasks = [
+            (job, Task(job[0].problem, {**job[1].changes, "seed": seed}))
+            for job in turn
+            for seed in _seeds(job[1], job[2])
         ]
-        answer = vote([solution.answer for solution in solutions])
+        found: dict[str, list[Finished]] = {}
+        for one in solve_many(self.engine, [task for _, task in tasks], batch_size=self.batch_size):
+            if one.error is not None:
+                raise one.error
+            job = tasks[one.index][0]
+            key = f"{job[0].id} {job[2]}"
+            found.setdefault(key, []).append(one)
+            if len(found[key]) == job[1].num_samples:
+                ordered = sorted(found[key], key=lambda one: one.index)
+                yield job, [_shared(one.solution) for one in ordered if one.solution is not None]
+
+    def _samples(self, item: Item, method: Method, seed: int) -> Iterator[Solution]:
+        """One solution after the other; where a time is matched, until it is best matched."""
+        limit = None if method.matched is None else self._time_of(method.matched, item, seed)
+        spent = 0.0
+        for count, number in enumerate(_seeds(method, seed), 1):
+            solution = self.engine.solve(item.problem, **{**method.changes, "seed": number})
+            yield solution
+            spent += solution.stats.seconds
+            if limit is not None and spent + spent / count / 2 > limit:
+                return
+
+    def _time_of(self, name: str, item: Item, seed: int) -> float:
+        rows = [row for row in self.journal.rows if row["method"] == name and row["id"] == item.id]
+        same = [row for row in rows if row["seed"] == seed] or rows
+        return float(same[0]["seconds"])
+
+    def _row(
+        self, item: Item, method: Method, seed: int, solutions: list[Solution], grader: Grader
+    ) -> dict[str, Any]:
+        started = time.perf_counter()
+        answer = self._chosen(item, method, solutions)
+        spent = time.perf_counter() - started
         grade = grader.grade(answer, item.answer)
+        costs = _costs(solutions)
+        if method.has_samples:
+            costs["seconds"] += spent
+            costs["phase_seconds"]["choose"] = spent
         return {
             "method": method.name,
             "seed": seed,
@@ -120,8 +187,32 @@ class Run:
             "grade": grade.reason,
             "is_right": grade.is_right,
             "config": self._config_of(method),
-            **_costs(solutions),
+            "num_samples": len(solutions),
+            **costs,
         }
+
+    def _chosen(self, item: Item, method: Method, solutions: list[Solution]) -> str | None:
+        if not method.has_samples or method.choice == "majority":
+            return vote([solution.answer for solution in solutions])
+        assert self.engine.reward is not None
+        ranks = []
+        for solution in solutions:
+            with closing(self.engine.reward.start(item.problem)) as judge:
+                ranks.append(prod(judge.rewards([step.text for step in solution.steps])))
+        return solutions[ranks.index(max(ranks))].answer
+
+
+def _seeds(method: Method, seed: int) -> Iterator[int]:
+    """Seeds of a method's samples: no two runs of one method share one."""
+    if method.matched is not None:
+        return (seed * _MOST_MATCHED + number for number in range(_MOST_MATCHED))
+    return (seed * method.num_samples + number for number in range(method.num_samples))
+
+
+def _shared(solution: Solution) -> Solution:
+    """The solution with its share of a batch's time in place of how long it waited."""
+    seconds = sum(solution.stats.phase_seconds.values())
+    return replace(solution, stats=replace(solution.stats, seconds=seconds))
 
 
 def vote(answers: Sequence[str | None]) -> str | None:
