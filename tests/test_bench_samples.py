@@ -1,0 +1,168 @@
+"""Methods that draw several solutions, and problems that are solved side by side."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specguard.bench.datasets import DataSet, Item
+from specguard.bench.methods import choose_methods
+from specguard.bench.runner import Run
+from specguard.core import Engine, Sampling, SolveConfig, UsageError
+from tests.reference import ReferenceModel
+
+BASE = SolveConfig(
+    num_candidates=2, delimiter=" ", max_step_tokens=9, max_tokens=40, sampling=Sampling(2.0, 1.0)
+)
+DATA = DataSet("three", tuple(Item(f"{n}", f"problem {n}", "1") for n in range(3)))
+
+
+def reward_of(step: str) -> float:
+    return (sum(map(ord, step)) % 7 + 1) / 8
+
+
+class Sums:
+    """A reward model with a taste of its own, which remembers what it judged."""
+
+    name = "sums"
+
+    def __init__(self) -> None:
+        self.judged: list[list[str]] = []
+        self.num_open = 0
+
+    def start(self, problem: str) -> "Sums":
+        self.num_open += 1
+        return self
+
+    def rewards(self, steps: Sequence[str]) -> list[float]:
+        self.judged.append(list(steps))
+        return [reward_of(step) for step in steps]
+
+    def close(self) -> None:
+        self.num_open -= 1
+
+
+def engine() -> Engine:
+    return Engine(ReferenceModel(1), ReferenceModel(2), BASE, reward=Sums())
+
+
+def rows(folder: Path, *names: str, batch_size: int = 1, seeds: Sequence[int] = (0,)) -> list[Any]:
+    pair = engine()
+    run = Run(pair, DATA, choose_methods(names, BASE), seeds, folder, "cpu", batch_size)
+    try:
+        list(run.rows_to_come())
+        assert run.num_missing == len(run.rows)
+    finally:
+        run.close()
+    assert isinstance(pair.reward, Sums)
+    assert pair.reward.num_open == 0
+    return run.rows
+
+
+def facts(found: list[Any]) -> list[Any]:
+    names = ("method", "id", "seed", "answer", "num_samples", "num_tokens", "num_drafted_tokens")
+    return sorted([row[name] if row[name] is not None else "" for name in names] for row in found)
+
+
+def test_a_batch_changes_no_row_but_its_times(tmp_path: Path) -> None:
+    names = ("target", "draft-sampled", "paper@2", "majority-draft@3", "best-of-draft@3", "rsd")
+    alone = rows(tmp_path / "alone", *names, seeds=(0, 1))
+    together = rows(tmp_path / "together", *names, seeds=(0, 1), batch_size=4)
+    assert facts(alone) == facts(together)
+    for row in together:
+        spent = sum(row["phase_seconds"].values())
+        assert row["seconds"] == pytest.approx(spent)
+
+
+def test_no_two_samples_are_the_same_run(tmp_path: Path) -> None:
+    pair = engine()
+    seeds: list[object] = []
+    solve = pair.solve
+
+    def remembered(problem: str, **changes: Any) -> Any:
+        seeds.append((problem, changes["seed"]))
+        return solve(problem, **changes)
+
+    pair.solve = remembered  # type: ignore[method-assign]
+    methods = choose_methods(("majority-draft@4",), BASE)
+    run = Run(pair, DATA, methods, (0, 1), tmp_path, "cpu")
+    list(run.rows_to_come())
+    run.close()
+    assert len(set(seeds)) == len(seeds) == 3 * 2 * 4
+
+
+def test_the_solution_with_the_best_steps_is_chosen(tmp_path: Path) -> None:
+    pair = engine()
+    methods = choose_methods(("best-of-target@5",), BASE)
+    run = Run(pair, DATA, methods, (0,), tmp_path, "cpu")
+    try:
+        [method] = methods
+        item = DATA.items[0]
+        solutions = [
+            pair.solve(item.problem, **{**method.changes, "seed": seed}) for seed in range(5)
+        ]
+        chosen = run._chosen(item, method, solutions)
+    finally:
+        run.close()
+
+    def product(solution: Any) -> float:
+        found = 1.0
+        for step in solution.steps:
+            found *= reward_of(step.text)
+        return found
+
+    assert chosen == max(solutions, key=product).answer
+    assert isinstance(pair.reward, Sums)
+    assert len(pair.reward.judged) == 5
+
+
+@pytest.mark.parametrize(("time", "count"), [(5.2, 5), (5.7, 6), (0.1, 1), (1e9, 64)])
+def test_samples_are_drawn_until_a_time_is_matched(time: float, count: int, tmp_path: Path) -> None:
+    pair = engine()
+    solve = pair.solve
+
+    def timed(problem: str, **changes: Any) -> Any:
+        solution = solve(problem, **changes)
+        seconds = 1.0 if changes["method"] == "draft" else time
+        return replace(solution, stats=replace(solution.stats, seconds=seconds))
+
+    pair.solve = timed  # type: ignore[method-assign]
+    methods = choose_methods(("target", "majority-draft@=target"), BASE)
+    run = Run(pair, DataSet("one", DATA.items[:1]), methods, (0,), tmp_path, "cpu")
+    _, matched = run.rows_to_come()
+    run.close()
+    assert matched["num_samples"] == count
+    assert matched["seconds"] == pytest.approx(count, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("majority-draft@=specguard",), "named before it"),
+        (("specguard", "target@=specguard"), "is no number"),
+        (("rsd@4",), "no number of candidates"),
+        (("specguard-adaptive@2",), "fewer"),
+    ],
+)
+def test_counts_that_mean_nothing_are_refused(names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        choose_methods(names, BASE)
+
+
+def test_reward_guided_decoding_judges_each_step_behind_those_that_stand() -> None:
+    pair = engine()
+    solution = pair.solve("p", method="rsd", num_candidates=1, reward_threshold=0.5)
+    assert isinstance(pair.reward, Sums)
+    assert len(pair.reward.judged) == len(solution.steps)
+    for step, judged in zip(solution.steps, pair.reward.judged, strict=True):
+        assert judged[:-1] == [before.text for before in solution.steps[: step.index]]
+        drafted = step.text if step.draft_text is None else step.draft_text
+        assert judged[-1] == drafted
+        assert step.is_accepted == (reward_of(drafted) >= 0.5)
+        assert step.signals == {"reward": step.scores["ensemble"]}
+        assert step.threshold == 0.5
+    assert {step.decision for step in solution.steps} == {"accepted", "rewritten"}
+    with pytest.raises(UsageError, match="reward model"):
+        Engine(pair.draft, pair.target, BASE).solve("p", method="rsd")
