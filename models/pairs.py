@@ -26,7 +26,8 @@ class ModelPair:
 
     ``draft`` and ``target`` map a kind of weights (``torch``, ``mlx``) to a folder or a hub id with
     an optional ``@revision``. ``memory_bytes`` is what both need once loaded, by kind of weights.
-    ``context_limit`` is the window they were trained for, prompt included.
+    ``context_limit`` is the window they were trained for, prompt included. ``reward`` is a process
+    reward model for its problems, for any kind of weights.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ModelPair:
     memory_bytes: Mapping[str, int]
     context_limit: int
     system_prompt: str | None = None
+    reward: str | None = None
     num_candidates: int = 16
     selector: str = "draft"
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
@@ -67,6 +69,7 @@ def _hub_pair(
     mlx_target: str | None = None,
     billions: tuple[float, float],
     context_limit: int,
+    reward: str | None = None,
 ) -> ModelPair:
     return ModelPair(
         name,
@@ -80,6 +83,7 @@ def _hub_pair(
         },
         context_limit=context_limit,
         system_prompt=_STEP_BY_STEP,
+        reward=reward,
     )
 
 
@@ -92,6 +96,7 @@ def _tiny() -> ModelPair:
         target={"torch": folders["target"], "mlx": folders["target"]},
         memory_bytes={"torch": 10_000_000, "mlx": 10_000_000},
         context_limit=2048,
+        reward=str(_HERE / "tiny" / "reward"),
         # Chosen on calibration problems, see models/tiny/README.md; more candidates are no more
         # accurate here, and slower on a CPU.
         num_candidates=1,
@@ -112,6 +117,7 @@ PAIRS: Mapping[str, ModelPair] = {
             target="Qwen2.5-Math-7B-Instruct",
             billions=(1.54, 7.62),
             context_limit=4096,
+            reward="Qwen/Qwen2.5-Math-PRM-7B",
         ),
         _hub_pair(
             "qwen2.5",
