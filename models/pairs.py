@@ -101,6 +101,7 @@ def _tiny() -> ModelPair:
         target={"torch": folders["target"], "mlx": folders["target"]},
         memory_bytes={"torch": 10_000_000, "mlx": 10_000_000},
         context_limit=2048,
+        reward=str(_HERE / "tiny" / "reward"),
         # Measured with one thread of a CPU, see models/tiny/README.md.
         draft_cost=DraftCost(candidate=0.5, further=0.05, verification=3.0),
         # Chosen on calibration problems, see models/tiny/README.md; more candidates are no more

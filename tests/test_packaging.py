@@ -87,6 +87,6 @@ def test_the_wheel_holds_every_module_and_the_built_in_pair(tmp_path: Path) -> N
     assert {name for name in names if name.endswith(".py")} == modules
     assert "specguard/py.typed" in names
     assert "specguard/models/tiny/language.json" in names
-    for role in "draft", "target":
+    for role in "draft", "target", "reward":
         for file in "config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja":
             assert f"specguard/models/tiny/{role}/{file}" in names

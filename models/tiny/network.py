@@ -154,14 +154,14 @@ class Network(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Hidden states before the output vectors, normed."""
+    def forward(self, token_ids: Tensor, num_layers: int | None = None) -> Tensor:
+        """Hidden states before the output vectors, normed; of the first layers where given."""
         x = functional.embedding(token_ids, self.vectors("in"))
         cos, sin = self.rotation(0, token_ids.shape[1])
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, cos, sin = x.to(dtype), cos.to(dtype), sin.to(dtype)
-        for layer in self.blocks:
+        for layer in self.blocks[:num_layers]:
             x = layer(x, (cos, sin))
         return norm(x, self.norm, self.shape.rms_norm_eps)
 

@@ -1,0 +1,72 @@
+"""How well a reward model tells right draft steps from wrong ones, beside the log-probabilities."""
+
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from specguard.bench.statistics import auc
+from specguard.core import RewardModel
+from specguard.models.tiny import problems
+from specguard.models.tiny.evidence.signals import Sample
+
+REWARD = "reward"
+THRESHOLD = 0.7  # from which on reward-guided speculative decoding accepts a step
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Of rewards as probabilities that a step is right.
+
+    ``base_brier`` is the Brier score of always saying the share of right steps.
+    """
+
+    accuracy: float
+    right_accepted: float
+    wrong_accepted: float
+    brier: float
+    base_brier: float
+
+    @classmethod
+    def of(cls, sample: Sample) -> "Quality":
+        """Measured on sampled steps with their rewards."""
+        rewards, is_right = sample.values[REWARD], sample.is_right
+        is_accepted = rewards >= THRESHOLD
+        share = float(is_right.mean())
+        return cls(
+            accuracy=float((is_accepted == is_right).mean()),
+            right_accepted=float(is_accepted[is_right].mean()),
+            wrong_accepted=float(is_accepted[~is_right].mean()),
+            brier=float(np.mean((rewards - is_right) ** 2)),
+            base_brier=share * (1 - share),
+        )
+
+
+def add_rewards(model: RewardModel, stream: int, rows: Iterable[dict[str, Any]]) -> None:
+    """Give every candidate of collected draft steps its reward after the right steps before it."""
+    by_problem: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_problem.setdefault(row["problem"], []).append(row)
+    for index, steps in by_problem.items():
+        problem = problems.generate(stream, index)
+        with closing(model.start(problem.text)) as sequence:
+            for row in steps:
+                before = problem.steps[: row["step"]]
+                for candidate in row["candidates"]:
+                    found = sequence.rewards([*before, candidate["text"]])
+                    candidate["signals"][REWARD] = found[-1]
+
+
+def areas(sample: Sample, names: Iterable[str]) -> dict[str, tuple[float, dict[str, float]]]:
+    """AUC of each signal, overall and by kind of error."""
+    kinds = [kind for kind in dict.fromkeys(sample.errors) if kind is not None]
+    parts = {kind: sample.only(kind) for kind in kinds}
+    return {
+        name: (
+            auc(sample.values[name], sample.is_right),
+            {kind: auc(part.values[name], part.is_right) for kind, part in parts.items()},
+        )
+        for name in names
+    }
