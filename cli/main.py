@@ -9,6 +9,7 @@ import click
 from specguard import SpecguardError, UsageError, __version__
 from specguard.cli.backends import backends
 from specguard.cli.bench import bench
+from specguard.cli.bench_speed import speed
 from specguard.cli.calibrate import calibrate
 from specguard.cli.models import models
 from specguard.cli.solve import solve
@@ -53,4 +54,5 @@ main.add_command(models)
 main.add_command(backends)
 main.add_command(trace)
 main.add_command(bench)
+bench.add_command(speed)
 main.add_command(calibrate)
