@@ -191,7 +191,7 @@ def test_a_table_is_markdown() -> None:
 
 
 def test_contexts_are_timed_in_order_and_leave_room() -> None:
-    model = ReferenceModel(0)
+    model = ReferenceModel(0, vocab_size=256)
     lines = list(time_contexts(model, [80, 70], num_candidates=2, step_length=3, num_rounds=1))
     assert [line.length for line in lines] == [70, 80]
     for line in lines:

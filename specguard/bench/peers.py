@@ -194,16 +194,16 @@ def replayed_race(
         for share, schedule in schedules.items():
             cases.append(("sd", {"method": "sd", "sampling": _OPEN}, schedule, share))
             for count in counts:
-                name, changes = f"specguard, k = {count}", {"num_candidates": count}
-                cases.append((name, changes, schedule, share))
-        for method, changes, schedule, share in cases:
+                name = f"specguard, k = {count}"
+                cases.append((name, {"num_candidates": count}, schedule, share))
+        for method, changes, schedule, acceptance in cases:
             engine = Engine(
                 Replayed(draft, "draft", schedule, words),
                 Replayed(target, "target", schedule, words),
                 config,
             )
             write = _solving(engine, changes)
-            contenders.append(Contender(f"specguard ({backend})", method, peer, write, share))
+            contenders.append(Contender(f"specguard ({backend})", method, peer, write, acceptance))
     return Race(contenders)
 
 
