@@ -9,6 +9,7 @@ import click
 from rich.progress import track
 
 from specguard import UsageError, load
+from specguard.backends.registry import choose_backend
 from specguard.bench.context import context_table, time_contexts
 from specguard.bench.random_pair import Shape, write_random_model
 from specguard.bench.tables import machine, machine_line
@@ -55,7 +56,12 @@ def context(
                 disable=not err.is_terminal,
             )
         )
-    about = {**machine(), "backend": backend, "layers": str(layers), "hidden size": str(hidden)}
+    about = {
+        **machine(),
+        "backend": choose_backend(backend)[0],
+        "layers": str(layers),
+        "hidden size": str(hidden),
+    }
     if as_json:
         click.echo(json.dumps({"machine": about, "lines": [asdict(line) for line in lines]}))
         return

@@ -1,6 +1,7 @@
 """``specguard bench speed``: what a pair's models can do here, and what speculation makes of it."""
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -10,6 +11,7 @@ import click
 from rich.progress import Progress
 
 from specguard import UsageError, load
+from specguard.backends.registry import choose_backend
 from specguard.bench.speed import Speed, SpeedRun
 from specguard.bench.tables import as_table, machine, machine_line
 from specguard.cli.options import model_options
@@ -31,6 +33,11 @@ from specguard.cli.output import console
 @click.option(
     "--count", type=click.IntRange(min=1), default=20, show_default=True, help="Problems to solve."
 )
+@click.option(
+    "--cpu-time",
+    is_flag=True,
+    help="Count the process's CPU time, not the clock's: on a busy CPU, for models on that CPU.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object in place of the tables.")
 def speed(
     pair: str | None,
@@ -43,6 +50,7 @@ def speed(
     counts: str,
     acceptances: str,
     count: int,
+    cpu_time: bool,
     as_json: bool,
 ) -> None:
     """Rates of both models, the speed-up that they allow, and the one that is measured.
@@ -67,7 +75,7 @@ def speed(
         trust_remote_code=trust_remote_code,
         profile=profile,
     )
-    run = SpeedRun(engine, candidates)
+    run = SpeedRun(engine, candidates, time.process_time if cpu_time else time.perf_counter)
     texts = [problem.text for problem in islice(problems.stream(problems.HELD_OUT), count)]
     err = console(stderr=True)
     with Progress(console=err, disable=not err.is_terminal) as progress:
@@ -75,7 +83,11 @@ def speed(
         for text in progress.track(texts, description="solving"):
             run.add(text)
     found = run.report(shares)
-    about = {**machine(), "backend": backend}
+    about = {
+        **machine(),
+        "backend": choose_backend(backend)[0],
+        "time": "CPU time" if cpu_time else "wall clock",
+    }
     if as_json:
         click.echo(json.dumps({"machine": about, **asdict(found)}))
         return

@@ -19,6 +19,7 @@ from specguard.core.model import (
 )
 
 R = TypeVar("R")
+Clock = Callable[[], float]  # seconds from some moment on
 
 
 class Delegate:
@@ -117,8 +118,9 @@ class Delegate:
 class Metered(Delegate):
     """Adds up seconds by verb, and keeps the longest candidate of every proposal, in tokens."""
 
-    def __init__(self, model: LanguageModel[Any]) -> None:
+    def __init__(self, model: LanguageModel[Any], clock: Clock = time.perf_counter) -> None:
         super().__init__(model)
+        self._clock = clock
         self.seconds: dict[str, float] = {}
         self.longest: list[int] = []
 
@@ -128,10 +130,10 @@ class Metered(Delegate):
 
     def call(self, verb: Callable[..., R], *arguments: Any) -> R:
         """Time one verb."""
-        started = time.perf_counter()
+        started = self._clock()
         found = verb(*arguments)
         name = getattr(verb, "__name__", "")
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - started
         return found
 
     def propose(

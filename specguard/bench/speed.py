@@ -11,7 +11,7 @@ from statistics import fmean, median
 from typing import Any
 
 from specguard.bench.costs import Costs, Prefill, ideal_seconds, speed_up, speed_up_with_prefill
-from specguard.bench.delegate import Metered
+from specguard.bench.delegate import Clock, Metered
 from specguard.bench.timing import Key, Timings, walk
 from specguard.core import GREEDY, Engine
 from specguard.core.errors import SpecguardError, UsageError
@@ -93,7 +93,9 @@ class SpeedRun:
             does.
     """
 
-    def __init__(self, engine: Engine, counts: Sequence[int]) -> None:
+    def __init__(
+        self, engine: Engine, counts: Sequence[int], clock: Clock = time.perf_counter
+    ) -> None:
         if engine.draft is None or engine.target is None:
             raise UsageError("a draft and a target are needed")
         if engine.config.verifier.model != "target":
@@ -101,7 +103,8 @@ class SpeedRun:
                 "the cost model is of a target that verifies, and here the draft does",
                 "choose a profile or a pair whose target verifies",
             )
-        self.draft, self.target = Metered(engine.draft), Metered(engine.target)
+        self._clock = clock
+        self.draft, self.target = Metered(engine.draft, clock), Metered(engine.target, clock)
         self.engine = Engine(self.draft, self.target, engine.config)
         self.configs = {
             count: replace(engine.config, method="specguard", num_candidates=count)
@@ -212,9 +215,9 @@ class SpeedRun:
     def _solve(self, problem: str, changes: dict[str, Any]) -> Measured:
         self.draft.reset()
         self.target.reset()
-        started = time.perf_counter()
+        started = self._clock()
         solution = self.engine.solve(problem, **changes)
-        seconds = time.perf_counter() - started
+        seconds = self._clock() - started
         spent = [self.draft.seconds, self.target.seconds]
         prefill = sum(found.get("start", 0.0) for found in spent)
         return Measured(
@@ -229,7 +232,9 @@ class SpeedRun:
         )
 
     def _walk(self, problem: str, num_steps: int) -> Timings:
-        return walk(self.draft.model, self.target.model, problem, self.configs, num_steps)
+        return walk(
+            self.draft.model, self.target.model, problem, self.configs, num_steps, self._clock
+        )
 
 
 def _costs(found: Timings, count: int, one: Measured) -> Costs:

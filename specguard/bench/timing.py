@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from specguard.bench.delegate import Clock, R
 from specguard.core import GREEDY, Boundary, Candidate, Capture, LanguageModel, Prompt, SolveConfig
 from specguard.core.config import TARGET_SELECTOR
 from specguard.core.grounding import source_mask
@@ -26,8 +27,15 @@ Key = tuple[str, str, int]  # model, what, number of candidates
 class Timings:
     """Seconds, and the tokens that they were spent on, by model, what was done, and candidates."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = time.perf_counter) -> None:
+        self._clock = clock
         self._found: dict[Key, list[tuple[float, int]]] = {}
+
+    def timed(self, work: Callable[[], R]) -> tuple[float, R]:
+        """The seconds that something takes, not kept yet, and what comes of it."""
+        started = self._clock()
+        result = work()
+        return self._clock() - started, result
 
     def add(self, key: Key, seconds: float, num_tokens: int) -> None:
         """One more timing."""
@@ -51,6 +59,7 @@ def walk(
     problem: str,
     configs: Mapping[int, SolveConfig],
     num_steps: int,
+    clock: Clock = time.perf_counter,
 ) -> Timings:
     """Time the verbs of both models along the first ``num_steps`` greedy steps of the target.
 
@@ -71,10 +80,10 @@ def walk(
     """
     config = next(iter(configs.values()))
     prompt = target.tokenizer.encode_prompt(problem, config.system_prompt, config.thinking)
-    found = Timings()
+    found = Timings(clock)
     pair = []
     for role, model in ("draft", draft), ("target", target):
-        seconds, sequence = _timed(partial(model.start, prompt))
+        seconds, sequence = found.timed(partial(model.start, prompt))
         found.add((role, "prefill", 1), seconds, len(prompt.token_ids) - 1)
         pair.append(_Side(role, model, sequence, prompt, found))
     drafting, judging = pair
@@ -133,8 +142,8 @@ class _Side:
         none: frozenset[int] = frozenset()
         short, long = Boundary("", none, 1), Boundary("", none, num_tokens)
         for _ in range(NUM_ROUNDS):
-            first, _ = _timed(partial(self.propose, count, sampling, short))
-            whole, _ = _timed(partial(self.propose, count, sampling, long))
+            first, _ = self.found.timed(partial(self.propose, count, sampling, short))
+            whole, _ = self.found.timed(partial(self.propose, count, sampling, long))
             self._decode_steps.setdefault(count, []).append((whole - first) / (num_tokens - 1))
 
     def add_decode_steps(self) -> None:
@@ -144,7 +153,10 @@ class _Side:
 
     def time_score(self, candidates: list[Candidate]) -> None:
         ids = [one.token_ids for one in candidates]
-        seconds = _median_time(lambda: self.model.score([self.sequence], [ids]))
+        seconds = median(
+            self.found.timed(lambda: self.model.score([self.sequence], [ids]))[0]
+            for _ in range(NUM_ROUNDS)
+        )
         self.found.add((self.role, "score", len(ids)), seconds, sum(map(len, ids)))
 
     def time_verify(self, candidates: list[Candidate], settings: SolveConfig) -> None:
@@ -158,7 +170,7 @@ class _Side:
             return
         rounds = []
         for _ in range(NUM_ROUNDS):
-            seconds, [observations] = _timed(
+            seconds, [observations] = self.found.timed(
                 lambda: self.model.score([self.sequence], [ids], [capture])
             )
             rounds.append(seconds)
@@ -168,7 +180,7 @@ class _Side:
 
     def time_commit(self, candidate: Candidate, count: int) -> None:
         length = len(self.sequence.token_ids)
-        seconds, _ = _timed(lambda: self.model.commit([self.sequence], [candidate]))
+        seconds, _ = self.found.timed(lambda: self.model.commit([self.sequence], [candidate]))
         self.found.add((self.role, "commit", count), seconds, len(candidate.token_ids))
         self.model.rewind(self.sequence, length)
 
@@ -190,20 +202,12 @@ class _Side:
         length = len(self.sequence.token_ids)
         rounds = []
         for _ in range(NUM_ROUNDS):
-            seconds, _ = _timed(lambda: self.model.extend([self.sequence], [token_ids], [capture]))
+            seconds, _ = self.found.timed(
+                lambda: self.model.extend([self.sequence], [token_ids], [capture])
+            )
             rounds.append(seconds)
             self.model.rewind(self.sequence, length)
         return median(rounds)
-
-
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    result = work()
-    return time.perf_counter() - started, result
-
-
-def _median_time(work: Callable[[], Any]) -> float:
-    return median(_timed(work)[0] for _ in range(NUM_ROUNDS))
 
 
 def _uniforms(seed: int, count: int, num_tokens: int) -> FloatArray:
