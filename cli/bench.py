@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from specguard import UsageError, load
@@ -19,7 +20,7 @@ from specguard.loading import choose, load_reward
 _DEFAULT_METHODS = "target,draft,sd,specguard,paper"
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @model_options
 @click.option(
     "--methods",
@@ -41,10 +42,11 @@ _DEFAULT_METHODS = "target,draft,sd,specguard,paper"
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
-    required=True,
     help="Folder of the results; a run in it goes on.",
 )
+@click.pass_context
 def bench(
+    ctx: click.Context,
     pair: str | None,
     draft: str | None,
     target: str | None,
@@ -60,13 +62,18 @@ def bench(
     seeds: str,
     batch_size: int,
     reward: str | None,
-    output: Path,
+    output: Path | None,
 ) -> None:
     """Compare METHODS on a data set: accuracy, latency, acceptance, and what the target had to do.
 
     Results are appended to OUTPUT as each problem ends; the same command goes on where a run was
     stopped, and more problems, methods or seeds may be added.
     """
+    if ctx.invoked_subcommand is not None:
+        _refuse_options(ctx)
+        return
+    if output is None:
+        raise click.MissingParameter(ctx=ctx, param_hint="'--output'", param_type="option")
     numbers = _seeds(seeds)
     items = read_data(dataset, data, fields, limit)
     err = console(stderr=True)
@@ -100,6 +107,16 @@ def bench(
     finally:
         run.close()
     _report(run.rows, engine, output)
+
+
+def _refuse_options(ctx: click.Context) -> None:
+    """Options of a comparison mean nothing to a sub-command."""
+    for option in ctx.command.params:
+        if ctx.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE:
+            raise UsageError(
+                f"{option.opts[0]} stands before {ctx.invoked_subcommand!r}",
+                f"options of {ctx.invoked_subcommand} go behind it",
+            )
 
 
 def _work(run: Any, err: Any) -> None:

@@ -47,7 +47,7 @@ def load_model(
     tokenizer = FolderTokenizer(checkpoint.folder, trust_remote_code)
     register()
     try:
-        with _quiet():
+        with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder,
                 output_loading_info=True,
@@ -160,7 +160,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bars and warnings of transformers while weights load; settings are put back."""
     had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

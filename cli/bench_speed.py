@@ -1,0 +1,183 @@
+"""``specguard bench speed``: what a pair's models can do here, and what speculation makes of it."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+import click
+from rich.progress import Progress
+
+from specguard import UsageError, load
+from specguard.backends.registry import choose_backend
+from specguard.bench.speed import Speed, SpeedRun
+from specguard.bench.tables import as_table, machine, machine_line
+from specguard.cli.options import model_options
+from specguard.cli.output import console
+
+
+@click.command()
+@model_options
+@click.option(
+    "--k", "counts", default="1,4,16", show_default=True, help="Candidates, separated by commas."
+)
+@click.option(
+    "--acceptance",
+    "acceptances",
+    default="0.5,0.7,0.9",
+    show_default=True,
+    help="Shares of accepted steps to predict at, beside the measured one.",
+)
+@click.option(
+    "--count", type=click.IntRange(min=1), default=20, show_default=True, help="Problems to solve."
+)
+@click.option(
+    "--cpu-time",
+    is_flag=True,
+    help="Count the process's CPU time, not the clock's: on a busy CPU, for models on that CPU.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object in place of the tables.")
+def speed(
+    pair: str | None,
+    draft: str | None,
+    target: str | None,
+    backend: str,
+    dtype: str,
+    trust_remote_code: bool,
+    profile: str | None,
+    counts: str,
+    acceptances: str,
+    count: int,
+    cpu_time: bool,
+    as_json: bool,
+) -> None:
+    """Rates of both models, the speed-up that they allow, and the one that is measured.
+
+    The built-in held-out problems are solved by the target alone and with each number of
+    candidates in turn; before that, the verbs of both models are timed on the same problem.
+    """
+    shares = numbers(acceptances, "--acceptance", float)
+    if any(not 0 <= share <= 1 for share in shares):
+        raise UsageError("--acceptance lies in [0, 1]")
+    candidates = numbers(counts, "--k", int)
+    if any(number < 1 for number in candidates):
+        raise UsageError("--k must be at least 1")
+    from specguard.models.tiny import problems
+
+    engine = load(
+        pair,
+        backend=backend,
+        draft=draft,
+        target=target,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        profile=profile,
+    )
+    run = SpeedRun(engine, candidates, time.process_time if cpu_time else time.perf_counter)
+    texts = [problem.text for problem in islice(problems.stream(problems.HELD_OUT), count)]
+    err = console(stderr=True)
+    with Progress(console=err, disable=not err.is_terminal) as progress:
+        run.warm_up(texts[0])
+        for text in progress.track(texts, description="solving"):
+            run.add(text)
+    found = run.report(shares)
+    about = {
+        **machine(),
+        "backend": choose_backend(backend)[0],
+        "time": "CPU time" if cpu_time else "wall clock",
+    }
+    if as_json:
+        click.echo(json.dumps({"machine": about, **asdict(found)}))
+        return
+    click.echo(f"{machine_line(about)}; {found.num_problems} problems, medians over problems.\n")
+    click.echo(rates_table(found))
+    click.echo(costs_table(found))
+    click.echo(speed_ups_table(found), nl=False)
+
+
+def numbers(text: str, flag: str, kind: type[Any]) -> list[Any]:
+    """Numbers separated by commas, each once.
+
+    Raises:
+        UsageError: something else.
+    """
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError as error:
+        raise UsageError(f"{flag} must be numbers separated by commas, not {text!r}") from error
+
+
+def rates_table(found: Speed) -> str:
+    """What each model does in a pass."""
+    rows = [
+        (
+            rate.model,
+            rate.what,
+            str(rate.num_candidates),
+            f"{rate.num_tokens:.0f}",
+            _ms(rate.seconds),
+            _ms(rate.seconds / rate.num_tokens),
+            f"{rate.num_tokens / rate.seconds:.0f}",
+        )
+        for rate in sorted(found.rates, key=lambda rate: (rate.model, rate.what))
+    ]
+    columns = ("model", "verb", "k", "tokens", "ms", "ms / token", "tokens/s")
+    return as_table(columns, rows)
+
+
+def costs_table(found: Speed) -> str:
+    """The terms of the cost model, in ms, and the time a token that they add up to."""
+    columns = "k,t_d(k),t_t,v,v_d,s,n,n_max,n_r,r,ideal ms / token,measured,ratio,outside models"
+    rows: list[Sequence[str]] = [
+        (
+            str(one.num_candidates),
+            *(
+                _ms(seconds)
+                for seconds in (
+                    one.costs.draft_token,
+                    one.costs.target_token,
+                    one.costs.verify,
+                    one.costs.commit,
+                    one.costs.catch_up,
+                )
+            ),
+            f"{one.costs.num_tokens:.1f}",
+            f"{one.costs.num_longest:.1f}",
+            f"{one.costs.num_rewritten:.1f}",
+            f"{one.rejected:.1%}",
+            _ms(one.ideal),
+            _ms(one.measured),
+            f"{one.ratio:.3f}",
+            f"{one.outside:.1%}",
+        )
+        for one in found.outcomes
+    ]
+    alone = found.outcomes[0].costs.target_token
+    target = ["target", "", _ms(alone), *[""] * 7, _ms(alone), _ms(found.target_seconds)]
+    rows.append([*target, f"{found.target_ratio:.3f}", ""])
+    return as_table(columns.split(","), rows)
+
+
+def speed_ups_table(found: Speed) -> str:
+    """Speed-up over the target alone; behind the stroke with the prompt's reading."""
+    names = list(found.outcomes[0].predicted)
+    columns = ["k", *(f"predicted at {name}" for name in names), "measured"]
+    rows = [
+        [
+            str(one.num_candidates),
+            *(_pair(*one.predicted[name]) for name in names),
+            _pair(one.speed_up, one.speed_up_with_prefill),
+        ]
+        for one in found.outcomes
+    ]
+    return as_table(columns, rows)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f}"
+
+
+def _pair(without: float, with_prefill: float) -> str:
+    return f"{without:.2f} / {with_prefill:.2f}"
