@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import chisquare
 
 import specguard
-from specguard.core import Engine, Sampling, SolveConfig, VerifierConfig
+from specguard.core import Engine, Sampling, SolveConfig, VerifierConfig, solve_many
 from specguard.models.tiny import problems
 from tests.reference import ReferenceModel, warp
 
@@ -85,6 +85,17 @@ def test_greedy_speculation_writes_what_the_target_writes(
         assert 0 < stats.num_kept_tokens <= stats.num_guessed_tokens
         assert stats.num_target_tokens == stats.num_tokens - stats.num_kept_tokens
         assert stats.num_verified_tokens >= stats.num_guessed_tokens
+
+
+@pytest.mark.slow
+def test_greedy_speculation_is_lossless_on_two_hundred_problems(pair: Engine) -> None:
+    texts = [problem.text for problem in islice(problems.stream(problems.HELD_OUT), 200)]
+    found: dict[str, list[str]] = {}
+    for method in "target", "sd":
+        solved = sorted(solve_many(pair, texts, method=method), key=lambda one: one.index)
+        found[method] = [one.solution.text for one in solved if one.solution is not None]
+    assert len(found["sd"]) == len(texts)
+    assert found["sd"] == found["target"]
 
 
 def test_a_rejected_step_is_rewritten_by_speculation(pair: Engine) -> None:
