@@ -161,7 +161,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars and warnings of transformers while weights load; settings are put back."""
+    """No bars and warnings of transformers meanwhile; settings are put back."""
     had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

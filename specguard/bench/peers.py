@@ -286,13 +286,14 @@ def _transformers(
 
     def generate(token_ids: list[int], **options: Any) -> Written:
         inputs = torch.tensor([token_ids], device=target.device)
-        output = target.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=limit,
-            do_sample=False,
-            **options,
-        )
+        with quiet():  # assisted generation warns of what it hands to itself
+            output = target.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=limit,
+                do_sample=False,
+                **options,
+            )
         written = output[0, inputs.shape[1] :].tolist()
         return Written(tokenizer.decode(written), len(written))
 
