@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -18,6 +17,7 @@ import click
 import numpy as np
 
 from specguard import Engine, load
+from specguard.bench.memory import peak_mebibytes
 from specguard.core import GREEDY, Capture, Solution
 from specguard.core.config import PRESETS
 from specguard.core.records import StepRecord
@@ -86,19 +86,7 @@ def memory(backend: str) -> None:
     loaded = psutil.Process().memory_info().rss / 2**20
     for problem in _held_out(10):
         engine.solve(problem.text)
-    click.echo(f"{loaded:.0f} MiB resident once loaded, {_peak_mebibytes():.0f} MiB at the peak")
-
-
-def _peak_mebibytes() -> float:
-    """Most memory that was resident in this process."""
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss counts what the process was forked from, too
-        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        return int(line.split()[1]) / 2**10
-    import resource
-
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    click.echo(f"{loaded:.0f} MiB resident once loaded, {peak_mebibytes():.0f} MiB at the peak")
 
 
 @main.command()

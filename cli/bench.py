@@ -38,6 +38,12 @@ _DEFAULT_METHODS = "target,draft,sd,specguard,paper"
     show_default=True,
     help="Problems at a time; times are then shares of a batch.",
 )
+@click.option(
+    "--memory-budget",
+    type=click.IntRange(min=1),
+    metavar="MIB",
+    help="Most memory for the keys and values of a batch; problems wait until there is room.",
+)
 @click.option("--reward", metavar="MODEL", help="Process reward model, in place of the pair's.")
 @click.option(
     "--output",
@@ -61,6 +67,7 @@ def bench(
     limit: int | None,
     seeds: str,
     batch_size: int,
+    memory_budget: int | None,
     reward: str | None,
     output: Path | None,
 ) -> None:
@@ -100,8 +107,11 @@ def bench(
         raise SpecguardError(
             f"the package {error.name} is not installed", "pip install 'specguard[bench]'"
         ) from error
+    if memory_budget is not None and batch_size == 1:
+        raise UsageError("--memory-budget has no meaning without a --batch-size")
+    budget = None if memory_budget is None else memory_budget * 2**20
     name, _, _ = choose_backend(backend)
-    run = Run(engine, items, chosen, numbers, output, name, batch_size)
+    run = Run(engine, items, chosen, numbers, output, name, batch_size, budget)
     try:
         _work(run, err)
     finally:

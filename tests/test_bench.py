@@ -159,6 +159,7 @@ def row(method: str, problem: str, is_right: bool, **more: Any) -> dict[str, Any
     )
     found = {"method": method, "seed": 0, "id": problem, "is_right": is_right, "seconds": 2.0}
     found |= {"phase_seconds": {"propose": 1.0}, "num_prompt_tokens": 10, "num_tokens": 20}
+    found["peak_mebibytes"] = 300.0
     return {**found, **counts, **more}
 
 

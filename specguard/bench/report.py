@@ -19,7 +19,8 @@ class Line:
     """One method. Shares lie in [0, 1], times are in seconds, ``interval`` and ``p`` at 95%.
 
     ``p`` is of a paired test against the target alone, None where that was not run.
-    ``flops`` and ``target_tokens`` are relative to the target alone.
+    ``relative_flops`` are those of the target alone times this; ``peak_mebibytes`` is the most that
+    the process had held by then, all methods together.
     """
 
     method: str
@@ -36,6 +37,7 @@ class Line:
     target_tokens: float
     target_tokens_read: float
     relative_flops: float | None
+    peak_mebibytes: float
     phases: dict[str, float]
 
 
@@ -102,6 +104,7 @@ def _line(
         target_tokens=_mean(rows, "num_target_tokens"),
         target_tokens_read=_mean(rows, "num_verified_tokens"),
         relative_flops=relative_flops,
+        peak_mebibytes=max(row["peak_mebibytes"] for row in rows),
         phases=phases,
     )
 
@@ -148,6 +151,7 @@ _COLUMNS = (
     "target wrote",
     "target read",
     "FLOPs vs target",
+    "peak MiB",
 )
 
 
@@ -176,6 +180,7 @@ def cells(line: Line) -> list[str]:
         f"{line.target_tokens:.1f}",
         f"{line.target_tokens_read:.1f}",
         ratio(line.relative_flops),
+        f"{line.peak_mebibytes:.0f}",
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from specguard.bench.datasets import DataSet, Item
 from specguard.bench.grading import Grader, clean
 from specguard.bench.journal import Journal
+from specguard.bench.memory import peak_mebibytes
 from specguard.bench.methods import Method
 from specguard.core import Engine, Finished, Task, solve_many
 from specguard.core.errors import SpecguardError
@@ -44,6 +45,7 @@ class Run:
         folder: Path,
         backend: str,
         batch_size: int = 1,
+        memory_budget: int | None = None,
     ) -> None:
         self.engine, self.data, self.methods = engine, data, methods
         settings: dict[str, Any] = {
@@ -52,7 +54,7 @@ class Run:
             "draft": engine.draft.name if engine.draft else None,
             "target": engine.target.name if engine.target else None,
         }
-        self.batch_size = batch_size
+        self.batch_size, self.memory_budget = batch_size, memory_budget
         if batch_size > 1:
             settings["batch_size"] = batch_size  # times are shares of calls then, not waits
         self.journal = Journal(folder / FILE_NAME, settings)
@@ -140,7 +142,12 @@ class Run:
             for seed in _seeds(job[1], job[2])
         ]
         found: dict[str, list[Finished]] = {}
-        for one in solve_many(self.engine, [task for _, task in tasks], batch_size=self.batch_size):
+        for one in solve_many(
+            self.engine,
+            [task for _, task in tasks],
+            batch_size=self.batch_size,
+            memory_budget=self.memory_budget,
+        ):
             if one.error is not None:
                 raise one.error
             job = tasks[one.index][0]
@@ -188,6 +195,7 @@ class Run:
             "is_right": grade.is_right,
             "config": self._config_of(method),
             "num_samples": len(solutions),
+            "peak_mebibytes": peak_mebibytes(),
             **costs,
         }
 

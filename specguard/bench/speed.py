@@ -109,8 +109,7 @@ class SpeedRun:
         config = replace(engine.config, draft_cost=None)
         self.engine = Engine(self.draft, self.target, config)
         self.configs = {
-            count: replace(config, method="specguard", num_candidates=count)
-            for count in counts
+            count: replace(config, method="specguard", num_candidates=count) for count in counts
         }
         self._timings: list[Timings] = []
         self._alone: list[Measured] = []
