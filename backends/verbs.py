@@ -57,12 +57,15 @@ def check_sequences(sequences: Sequence[TokenSequence]) -> None:
 
 
 def check_uniforms(
-    uniforms: FloatArray, num_sequences: int, num_candidates: int, boundary: Boundary
+    uniforms: FloatArray, num_sequences: int, num_candidates: int, boundaries: Sequence[Boundary]
 ) -> None:
     """Refuse uniforms that do not go with the other arguments of ``propose``, and no candidates."""
     if num_candidates < 1:
         raise ValueError("a step needs at least one candidate")
-    shape = (num_sequences, num_candidates, boundary.max_tokens)
+    if len(boundaries) != num_sequences:
+        raise ValueError(f"{num_sequences} sequences need a boundary each, not {len(boundaries)}")
+    most = max((boundary.max_tokens for boundary in boundaries), default=0)
+    shape = (num_sequences, num_candidates, most)
     if uniforms.shape != shape:
         raise ValueError(f"uniforms must have shape {shape}, not {uniforms.shape}")
 
@@ -132,6 +135,12 @@ def count_accepted(p: Sequence[float], q: Sequence[float], uniforms: FloatArray)
         if uniforms[position] * drafted >= judged:
             return position
     return len(p)
+
+
+def count_leading(found: NDArray[np.integer], wanted: Sequence[int]) -> int:
+    """How many token ids at the beginning are those that are wanted."""
+    differs = np.flatnonzero(np.asarray(found) != np.asarray(wanted))
+    return int(differs[0]) if len(differs) else len(wanted)
 
 
 def finish_candidates(

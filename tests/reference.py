@@ -86,14 +86,17 @@ class ReferenceModel:
         sequences: Sequence[CheckedSequence],
         num_candidates: int,
         sampling: Sampling,
-        boundary: Boundary,
+        boundaries: Sequence[Boundary],
         uniforms: FloatArray,
         keep_distributions: bool = False,
     ) -> list[list[Candidate]]:
-        if uniforms.shape != (len(sequences), num_candidates, boundary.max_tokens):
+        if len(boundaries) != len(sequences):
+            raise ValueError("sequences need a boundary each")
+        most = max(boundary.max_tokens for boundary in boundaries)
+        if uniforms.shape != (len(sequences), num_candidates, most):
             raise ValueError("uniforms have the wrong shape")
         proposed = []
-        for sequence, rows in zip(sequences, uniforms, strict=True):
+        for sequence, rows, boundary in zip(sequences, uniforms, boundaries, strict=True):
             sequence.check_open()
             sequence.version += 1
             proposed.append(
@@ -169,7 +172,12 @@ class ReferenceModel:
             blocks = self._blocks(sequence, len(ids), capture) if capture is not None else None
             described = self._describe(sequence.token_ids, ids)
             state = self.logits([*sequence.token_ids, *ids[:-1]]) if hidden_state else None
-            observations.append(Observation(*described, blocks, state))
+            num_greedy = 0
+            for i, token_id in enumerate(ids):
+                if token_id != self.logits([*sequence.token_ids, *ids[:i]]).argmax():
+                    break
+                num_greedy += 1
+            observations.append(Observation(*described, blocks, state, num_greedy))
             self._append(sequence, ids)
         return observations
 

@@ -92,10 +92,11 @@ class Scripted:
         sequences: Sequence[FakeSequence],
         num_candidates: int,
         sampling: Sampling,
-        boundary: Boundary,
+        boundaries: Sequence[Boundary],
         uniforms: FloatArray,
         keep_distributions: bool = False,
     ) -> list[list[Candidate]]:
+        [boundary] = boundaries
         assert uniforms.shape == (len(sequences), num_candidates, boundary.max_tokens)
         self._log("propose", num_candidates, sampling, boundary.max_tokens)
         entry = self.script[min(self.num_steps, len(self.script) - 1)]

@@ -151,7 +151,7 @@ def test_log_probs_are_those_of_a_full_pass(load: Load, checkpoint: Path) -> Non
     boundary = Boundary("\n\n", model.tokenizer.eos_ids, 12)
     rng = np.random.default_rng(0)
     uniforms = rng.random((1, 5, 12), dtype=np.float32)
-    [candidates] = model.propose([sequence], 5, Sampling(1.0, 0.9), boundary, uniforms)
+    [candidates] = model.propose([sequence], 5, Sampling(1.0, 0.9), [boundary], uniforms)
     reference = eager(checkpoint)
     for candidate in candidates:
         ids = torch.tensor([[*sequence.token_ids, *candidate.token_ids]])
@@ -174,7 +174,7 @@ def test_candidates_share_one_copy_of_the_prefix(load: Load, checkpoint: Path) -
     sizes = []
     for k in 1, 16:
         uniforms = np.full((1, k, 2), 0.5, dtype=np.float32)
-        model.propose([sequence], k, GREEDY, boundary, uniforms)
+        model.propose([sequence], k, GREEDY, [boundary], uniforms)
         sizes.append(sum(key.nbytes for key in sequence.readable().keys if key is not None))
     assert sizes[0] == sizes[1]
 
@@ -209,16 +209,15 @@ def test_speculative_sampling_keeps_the_target_s_distribution(
         guessers = [draft.start(prompt) for _ in range(batch)]
         judges = [target.start(prompt) for _ in range(batch)]
         draws = rng.random((batch, 1, 1), dtype=np.float32)
-        guesses = [
-            found[0] for found in draft.propose(guessers, 1, sampling, boundary, draws, True)
-        ]
+        cuts = [boundary] * batch
+        guesses = [found[0] for found in draft.propose(guessers, 1, sampling, cuts, draws, True)]
         outcomes = target.accept(judges, guesses, sampling, rng.random((batch, 2)))
         short = [
             judge for judge, seen in zip(judges, outcomes, strict=True) if len(seen.token_ids) < 2
         ]
         if short:
             draws = rng.random((len(short), 1, 1), dtype=np.float32)
-            rest = target.propose(short, 1, sampling, boundary, draws)
+            rest = target.propose(short, 1, sampling, [boundary] * len(short), draws)
             target.commit(short, [found[0] for found in rest])
         for judge in judges:
             counts[judge.token_ids[3], judge.token_ids[4]] += 1

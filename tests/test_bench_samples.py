@@ -9,6 +9,7 @@ import pytest
 
 from specguard.bench.datasets import DataSet, Item
 from specguard.bench.methods import choose_methods
+from specguard.bench.report import summarise
 from specguard.bench.runner import Run
 from specguard.core import Engine, Sampling, SolveConfig, UsageError
 from tests.reference import ReferenceModel
@@ -74,6 +75,22 @@ def test_a_batch_changes_no_row_but_its_times(tmp_path: Path) -> None:
     for row in together:
         spent = sum(row["phase_seconds"].values())
         assert row["seconds"] == pytest.approx(spent)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_problem_that_cannot_be_solved_does_not_end_the_run(
+    batch_size: int, tmp_path: Path
+) -> None:
+    items = (DATA.items[0], Item("long", "x" * 600, "1"), DATA.items[1])
+    methods = choose_methods(("target", "paper@2", "majority-draft@2"), BASE)
+    run = Run(engine(), DataSet("three", items), methods, (0,), tmp_path, "cpu", batch_size)
+    found = list(run.rows_to_come())
+    run.close()
+    assert len(found) == 9
+    for row in found:
+        assert (row["id"] == "long") == bool(row["errors"])
+        assert row["id"] != "long" or (not row["is_right"] and "context window" in row["errors"][0])
+    assert {line.num_problems for line in summarise(found, (1, 2))} == {3}
 
 
 def test_no_two_samples_are_the_same_run(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def propose(
 ) -> Any:
     seed = more.pop("seed", 0)
     [found] = model.propose(
-        [sequence], k, sampling, boundary(model, cap), draws(k, cap, seed), **more
+        [sequence], k, sampling, [boundary(model, cap)], draws(k, cap, seed), **more
     )
     return found
 
@@ -119,6 +119,44 @@ def test_a_prefix_is_not_read_again_and_stays_as_it_is(model: Model) -> None:
         model.start(Prompt(PROMPT.token_ids[1:], (0, 0)), prefix)
 
 
+def test_each_sequence_has_a_boundary_of_its_own(model: Model) -> None:
+    prompts = [PROMPT, OTHER_PROMPT, PROMPT]
+    [whole] = propose(model, model.start(PROMPT), 1, 12, GREEDY)
+    letter = next(
+        piece for piece in map(model.tokenizer.decode, [[i] for i in whole.token_ids]) if piece
+    )
+    cuts = [boundary(model, 5), boundary(model, 9), boundary(model, 12, letter)]
+    alone = [
+        propose_within(model, model.start(prompt), cut)
+        for prompt, cut in zip(prompts, cuts, strict=True)
+    ]
+    grid = np.zeros((3, 2, 12), dtype=np.float32)
+    for row, cut in zip(grid, cuts, strict=True):
+        row[:, : cut.max_tokens] = draws(2, cut.max_tokens)[0]
+    together = model.propose([model.start(p) for p in prompts], 2, SAMPLING, cuts, grid)
+    for one, many in zip(alone, together, strict=True):
+        assert [c.token_ids for c in one] == [c.token_ids for c in many]
+        assert [c.finish for c in one] == [c.finish for c in many]
+    with pytest.raises(ValueError, match="a boundary each"):
+        model.propose([model.start(PROMPT)], 2, SAMPLING, cuts, grid)
+
+
+def propose_within(model: Model, sequence: Any, cut: Boundary) -> Any:
+    [found] = model.propose([sequence], 2, SAMPLING, [cut], draws(2, cut.max_tokens))
+    return found
+
+
+def test_reading_says_how_far_it_would_have_written_the_same(model: Model) -> None:
+    [own] = propose(model, model.start(PROMPT), 1, 8, GREEDY)
+    ids = list(own.token_ids)
+    other = [*ids[:3], (ids[3] + 1) % 100 + 1, *ids[4:]]
+    for given, expected in ((ids, len(ids)), (other, 3), (other[3:4], 0)):
+        [seen] = model.extend([model.start(PROMPT)], [given])
+        assert seen.num_greedy == expected
+    [scored] = model.score([model.start(PROMPT)], [[ids, other]])
+    assert [seen.num_greedy for seen in scored] == [len(ids), 3]
+
+
 def test_proposing_leaves_the_sequence_as_it_is(model: Model) -> None:
     sequence = model.start(PROMPT)
     first = propose(model, sequence, 4, 6)
@@ -143,7 +181,7 @@ def test_every_candidate_stops_at_its_own_boundary(model: Model) -> None:
     letters = {"e", "a", "o"}
     for letter in letters:
         [found] = model.propose(
-            [sequence], 8, Sampling(1.5, 1.0), boundary(model, 30, letter), draws(8, 30)
+            [sequence], 8, Sampling(1.5, 1.0), [boundary(model, 30, letter)], draws(8, 30)
         )
         for candidate in found:
             earlier = model.tokenizer.decode(candidate.token_ids[:-1])
@@ -228,10 +266,10 @@ def test_a_batch_gives_what_its_rows_give_alone(model: Model) -> None:
     rows = [draws(3, 7, seed)[0] for seed in range(3)]
     alone = []
     for prompt, row in zip(prompts, rows, strict=True):
-        [found] = model.propose([model.start(prompt)], 3, SAMPLING, boundary(model, 7), row[None])
+        [found] = model.propose([model.start(prompt)], 3, SAMPLING, [boundary(model, 7)], row[None])
         alone.append(found)
     sequences = [model.start(prompt) for prompt in prompts]
-    together = model.propose(sequences, 3, SAMPLING, boundary(model, 7), np.stack(rows))
+    together = model.propose(sequences, 3, SAMPLING, [boundary(model, 7)] * 3, np.stack(rows))
     for one, many in zip(alone, together, strict=True):
         for a, b in zip(one, many, strict=True):
             assert a.token_ids == b.token_ids
@@ -299,7 +337,7 @@ def test_tokens_are_the_inverse_cdf_of_the_exact_distribution(model: Model) -> N
         [model.start(PROMPT)],
         400,
         sampling,
-        boundary(model, 1),
+        [boundary(model, 1)],
         grid.astype(np.float32)[None, :, None],
     )
     cdf = np.cumsum(mass)
@@ -317,8 +355,8 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(model: Model) -> None:
     cap, k = 1, 300
     grid = ((np.arange(k) + 0.5) / k).astype(np.float32)[None, :, None]
     sequence = model.start(PROMPT)
-    [everything] = model.propose([sequence], k, Sampling(1.0, 1.0), boundary(model, cap), grid)
-    [nucleus] = model.propose([sequence], k, Sampling(1.0, 0.5), boundary(model, cap), grid)
+    [everything] = model.propose([sequence], k, Sampling(1.0, 1.0), [boundary(model, cap)], grid)
+    [nucleus] = model.propose([sequence], k, Sampling(1.0, 0.5), [boundary(model, cap)], grid)
     kept = {c.token_ids: float(np.exp(c.token_logprobs[0])) for c in nucleus}
     assert sum(kept.values()) >= 0.5 - 0.02
     assert sum(kept.values()) - min(kept.values()) < 0.5 + TOLERANCE
@@ -441,7 +479,7 @@ def test_stale_candidates_and_closed_sequences_are_refused(model: Model) -> None
     with pytest.raises(ValueError, match="stale"):
         model.commit([model.start(PROMPT)], [candidate])
     with pytest.raises(ValueError, match="uniforms"):
-        model.propose([sequence], 2, SAMPLING, boundary(model, 4), draws(2, 3))
+        model.propose([sequence], 2, SAMPLING, [boundary(model, 4)], draws(2, 3))
     with pytest.raises(ValueError, match="at least one token"):
         model.extend([sequence], [[]])
     candidate = propose(model, sequence, 1, 4)[0]

@@ -25,7 +25,7 @@ def test_drafting_goes_on_while_it_pays() -> None:
     for _ in range(50):  # 10 tokens cost 5 where accepted: two of three pay for the third
         for is_accepted in (True, True, False):
             assert not fallback.is_on
-            fallback.saw_drafted(1, 10, 10, is_accepted)
+            fallback.saw_drafted(1, 10, 10, 0 if is_accepted else 10)
     assert not fallback.is_on
 
 
@@ -34,7 +34,7 @@ def test_pauses_double_while_drafting_does_not_pay_and_begin_anew_when_it_did() 
 
     def pause_after(*outcomes: bool) -> int:
         for is_accepted in outcomes:
-            fallback.saw_drafted(1, 10, 10, is_accepted)
+            fallback.saw_drafted(1, 10, 10, 0 if is_accepted else 10)
         length = 0
         while fallback.is_on:
             fallback.saw_plain()
@@ -50,7 +50,7 @@ def test_pauses_double_while_drafting_does_not_pay_and_begin_anew_when_it_did() 
 def test_without_a_cost_drafting_never_stops() -> None:
     fallback = Fallback(None)
     for _ in range(20):
-        fallback.saw_drafted(16, 100, 1, False)
+        fallback.saw_drafted(16, 100, 1, 1)
     assert not fallback.is_on
 
 

@@ -1,6 +1,8 @@
 """Every branch of the step loop, on scripted models."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from specguard.core import (
     UsageError,
     VerifierConfig,
 )
+from tests.reference import ReferenceModel
 from tests.scripted import CharTokenizer, Scripted
 
 GOOD, ANSWER = "one fact.\n\n", "So \\boxed{7}.\n\n"
@@ -379,3 +382,48 @@ def test_the_target_selects_by_attention_too() -> None:
 def test_the_target_selects_only_where_it_verifies(verifier: VerifierConfig) -> None:
     with pytest.raises(UsageError, match="target selects"):
         SolveConfig(selector="target", verifier=verifier)
+
+
+class Forgetful(ReferenceModel):
+    """Does not say what it would have written itself."""
+
+    def extend(self, *arguments: Any, **options: Any) -> Any:
+        return [replace(seen, num_greedy=0) for seen in super().extend(*arguments, **options)]
+
+
+@pytest.mark.parametrize("selector", ["draft", "target"])
+@pytest.mark.parametrize("rewrite", ["decode", "speculate"])
+@pytest.mark.parametrize("num_candidates", [1, 4])
+def test_what_the_target_would_have_written_anyway_is_kept(
+    selector: str, rewrite: str, num_candidates: int
+) -> None:
+    """A rewrite begins with it, and is the same rewrite, down to where its step ends."""
+    verifier = VerifierConfig(weights={"log_prob": 1.0}, bounds={"log_prob": (-4.0, 0.0)})
+    config = SolveConfig(
+        num_candidates=num_candidates,
+        sampling=Sampling(1.0, 0.9),
+        selector=selector,
+        rewrite=rewrite,
+        verifier=verifier,
+        delimiter="&",
+        max_step_tokens=7,
+        max_tokens=90,
+    )
+    num_kept = num_whole = 0
+    for number in range(6):
+        # Alike enough that the draft often begins as the target would.
+        draft, target, forgetful = ReferenceModel(1), ReferenceModel(1), Forgetful(1)
+        for model in target, forgetful:
+            model.second = ReferenceModel(7).second
+        kept, plain = (
+            Engine(draft, model, config).solve(f"problem {number}") for model in (target, forgetful)
+        )
+        assert [(s.text, s.decision) for s in kept.steps] == [
+            (s.text, s.decision) for s in plain.steps
+        ]
+        for step in kept.steps:
+            assert 0 <= step.num_kept <= step.num_tokens
+            num_kept += step.num_kept
+            num_whole += step.decision == "rewritten" and step.num_kept == step.num_tokens
+        assert kept.stats.num_target_tokens <= plain.stats.num_target_tokens
+    assert num_kept > 0

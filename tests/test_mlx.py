@@ -212,12 +212,12 @@ def test_python_reads_a_token_while_the_next_pass_is_under_way(
     sequence = model.start(Prompt((5, 40, 41, 60), (1, 3)))
     passes.clear()
     uniforms = np.zeros((1, 2, 4), dtype=np.float32)
-    model.propose([sequence], 2, GREEDY, Boundary("never", frozenset(), 4), uniforms)
+    model.propose([sequence], 2, GREEDY, [Boundary("never", frozenset(), 4)], uniforms)
     # The pending token, then one pass ahead of every pair of tokens but the last.
     assert passes == ["run", *["run", "feed", "feed"] * 3, "feed", "feed"]
     # ... and nothing but the pending token's pass is waited for on the way.
     monkeypatch.setattr(mx, "eval", lambda *arrays: pytest.fail("Python waits"))
-    model.propose([sequence], 2, GREEDY, Boundary("never", frozenset(), 4), uniforms)
+    model.propose([sequence], 2, GREEDY, [Boundary("never", frozenset(), 4)], uniforms)
 
 
 @pytest.mark.parametrize("num_candidates", [1, 3])
@@ -233,7 +233,7 @@ def test_a_committed_step_is_not_computed_again(
     for _ in range(3):
         passes.clear()
         draws = rng.random((1, num_candidates, 200), dtype=np.float32)
-        [candidates] = model.propose([sequence], num_candidates, sampling, boundary, draws)
+        [candidates] = model.propose([sequence], num_candidates, sampling, [boundary], draws)
         assert {candidate.finish for candidate in candidates} == {"delimiter"}
         longest = max(len(candidate.token_ids) for candidate in candidates)
         needs_pending = len(sequence.token_ids) == 4
@@ -251,10 +251,10 @@ def test_candidates_do_not_copy_the_prefix(checkpoint: Path) -> None:
     for k in 1, 16:
         uniforms = np.full((1, k, 2), 0.5, dtype=np.float32)
         boundary = Boundary("never", frozenset(), 2)
-        model.propose([sequence], k, GREEDY, boundary, uniforms)  # the buffer grows once
+        model.propose([sequence], k, GREEDY, [boundary], uniforms)  # the buffer grows once
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        model.propose([sequence], k, GREEDY, boundary, uniforms)
+        model.propose([sequence], k, GREEDY, [boundary], uniforms)
         peaks.append(mx.get_peak_memory() - before)
     assert peaks[1] - peaks[0] < prefix  # 16 copies would be 15 more
 

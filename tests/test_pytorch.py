@@ -33,7 +33,7 @@ def test_what_slides_or_soft_caps_runs_without_capture(tmp_path: Path) -> None:
         sequence = model.start(prompt)
         uniforms = np.random.default_rng(0).random((1, 3, 6), dtype=np.float32)
         boundary = Boundary("\n\n", model.tokenizer.eos_ids, 6)
-        [candidates] = model.propose([sequence], 3, Sampling(1.0, 1.0), boundary, uniforms)
+        [candidates] = model.propose([sequence], 3, Sampling(1.0, 1.0), [boundary], uniforms)
         reference = eager(folder)
         for candidate in candidates:
             ids = torch.tensor([[*prompt.token_ids, *candidate.token_ids]])

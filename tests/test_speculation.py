@@ -99,10 +99,12 @@ def test_greedy_speculation_is_lossless_on_two_hundred_problems(pair: Engine) ->
 
 
 def test_a_rejected_step_is_rewritten_by_speculation(pair: Engine) -> None:
-    strict = VerifierConfig(weights={"log_prob": 1.0}, threshold=1.0)
+    # A verifying target keeps what it would have written anyway; here it has not read the step.
+    strict = VerifierConfig("draft", weights={"log_prob": 1.0}, threshold=1.0)
     for problem in islice(problems.stream(problems.CALIBRATION), 4):
-        plain = pair.solve(problem.text, verifier=strict, num_candidates=2)
-        fast = pair.solve(problem.text, verifier=strict, num_candidates=2, rewrite="speculate")
+        settings = {"verifier": strict, "selector": "draft", "num_candidates": 2}
+        plain = pair.solve(problem.text, **settings)
+        fast = pair.solve(problem.text, rewrite="speculate", **settings)
         assert fast.text == plain.text
         assert [step.author for step in fast.steps] == [step.author for step in plain.steps]
         assert fast.stats.num_target_tokens < plain.stats.num_target_tokens

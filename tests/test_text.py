@@ -52,6 +52,17 @@ def test_the_scanner_ends_where_the_text_first_holds_the_delimiter(
     assert scan(pieces, delimiter) == expected
 
 
+@given(st.lists(st.text("ab\n", min_size=1, max_size=3), min_size=1, max_size=9), st.integers(0, 9))
+def test_a_step_that_is_begun_ends_where_it_would_have_ended(pieces: list[str], cut: int) -> None:
+    """A delimiter may have begun in what is written, and text in it counts."""
+    length, finish = scan(pieces)
+    cut = min(cut, length - 1)
+    limits = Boundary("\n\n", frozenset(), 99, tuple(range(cut)))
+    scanner = StepScanner(lambda index: pieces[index], limits)
+    rest = [scanner.feed(index) for index in range(cut, length)]
+    assert rest == [None] * (length - cut - 1) + [finish]
+
+
 def test_a_boundary_needs_room() -> None:
     with pytest.raises(UsageError):
         Boundary("\n\n", frozenset(), 0)

@@ -11,6 +11,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from specguard.backends.mlx.attention import Row
 from specguard.backends.mlx.decoding import (
@@ -34,6 +35,7 @@ from specguard.backends.verbs import (
     check_room,
     check_sequences,
     check_uniforms,
+    count_leading,
     finish_candidates,
 )
 from specguard.core.model import (
@@ -134,14 +136,14 @@ class MlxModel:
         sequences: Sequence[MlxSequence],
         num_candidates: int,
         sampling: Sampling,
-        boundary: Boundary,
+        boundaries: Sequence[Boundary],
         uniforms: FloatArray,
         keep_distributions: bool = False,
     ) -> list[list[Candidate]]:
         """Sample steps, all sequences and candidates side by side; each stops at its boundary."""
         check_sequences(sequences)
-        check_uniforms(uniforms, len(sequences), num_candidates, boundary)
-        for sequence in sequences:
+        check_uniforms(uniforms, len(sequences), num_candidates, boundaries)
+        for sequence, boundary in zip(sequences, boundaries, strict=True):
             check_room(sequence, boundary.max_tokens, self.context_limit)
             sequence.readable()
         for sequence in sequences:
@@ -149,22 +151,22 @@ class MlxModel:
         branches = [Branches(sequence, num_candidates) for sequence in sequences]
         drafts = [
             Draft(row, StepScanner(self._pieces, boundary), [])
-            for row in range(len(sequences))
+            for row, boundary in enumerate(boundaries)
             for _ in range(num_candidates)
         ]
-        draws = uniforms.reshape(-1, boundary.max_tokens)
+        draws = uniforms.reshape(len(drafts), -1)
         following = self._after_pending(sequences)
         slots = [draft.row for draft in drafts]
         alive = list(range(len(drafts)))
         ahead: dict[int, Next] = {}
         trail = Trail(len(drafts))
         needs_probs = keep_distributions or not sampling.is_greedy
-        for position in range(boundary.max_tokens):
+        for position in range(draws.shape[1]):
             token_ids, following, probs = draw_tokens(
                 following, slots, sampling, draws[alive, position], needs_probs
             )
             trail.add(alive, token_ids, following, probs if keep_distributions else None)
-            is_last = position + 1 == boundary.max_tokens
+            is_last = position + 1 == draws.shape[1]
             if not is_last:
                 following = self._decode(branches, drafts, alive, token_ids)
                 mx.async_eval(following)
@@ -225,7 +227,7 @@ class MlxModel:
         ]
         rows, hidden = self._read(sequences, inputs, captures)
         wanted = [token_id for token_ids in continuations for token_id in token_ids]
-        all_logprobs, all_entropies = self._describe(hidden, wanted, rows)
+        all_logprobs, all_entropies, greedy = self._describe(hidden, wanted, rows)
         observations = []
         stop = 0
         for sequence, token_ids, row in zip(sequences, continuations, rows, strict=True):
@@ -235,6 +237,7 @@ class MlxModel:
                 Observation(
                     token_logprobs=all_logprobs[start:stop],
                     token_entropies=all_entropies[start:stop],
+                    num_greedy=count_leading(greedy[start:stop], token_ids),
                     blocks=attention_blocks(row.captures[0]) if row.captures else None,
                     last_hidden_state=to_numpy(hidden[stop - 1]) if hidden_state else None,
                 )
@@ -268,7 +271,7 @@ class MlxModel:
         hidden = self._forward.run(rows, tokens, _offset(positions))
         predicting = mx.concatenate([hidden[i, : len(row)] for i, row in enumerate(inputs)])
         wanted = [token_id for found in continuations for ids in found for token_id in ids]
-        all_logprobs, all_entropies = self._describe(predicting, wanted, rows)
+        all_logprobs, all_entropies, greedy = self._describe(predicting, wanted, rows)
         observations: list[list[Observation]] = []
         stop = 0
         for sequence, found, row in zip(sequences, continuations, rows, strict=True):
@@ -282,6 +285,7 @@ class MlxModel:
                     Observation(
                         token_logprobs=all_logprobs[start:stop],
                         token_entropies=all_entropies[start:stop],
+                        num_greedy=count_leading(greedy[start:stop], token_ids),
                         blocks=attention_blocks(row.captures[slot]) if row.captures else None,
                         handle=_Handle(sequence, sequence.version, row.start, columns),
                     )
@@ -331,17 +335,18 @@ class MlxModel:
 
     def _describe(
         self, hidden: mx.array, token_ids: list[int], rows: list[Row]
-    ) -> tuple[FloatArray, FloatArray]:
-        """Log-probs and entropies of tokens by the hidden states that predict them, [N] all."""
+    ) -> tuple[FloatArray, FloatArray, NDArray[np.integer]]:
+        """Log-probs, entropies and best ids [N] by the hidden states that predict tokens [N]."""
         wanted = mx.array(token_ids)
         blocks = [capture.blocks for row in rows for capture in row.captures]
         parts = []
         for start in range(0, len(wanted), CHUNK):
             logits = self._forward.logits(hidden[start : start + CHUNK])
-            parts.append(describe(logits, wanted[start : start + CHUNK]))
+            described = describe(logits, wanted[start : start + CHUNK])
+            parts.append((*described, mx.argmax(logits, axis=-1)))
             mx.eval(parts[-1], blocks)
-        logprobs, entropies = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return logprobs, entropies
+        logprobs, entropies, best = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return logprobs, entropies, best
 
     def _after_pending(self, sequences: Sequence[MlxSequence]) -> Next:
         """What follows each sequence; pending tokens are forwarded where that is not done yet."""

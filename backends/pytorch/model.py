@@ -22,6 +22,7 @@ from specguard.backends.verbs import (
     check_room,
     check_sequences,
     check_uniforms,
+    count_leading,
     finish_candidates,
 )
 from specguard.core.model import (
@@ -126,22 +127,22 @@ class TorchModel:
         sequences: Sequence[TorchSequence],
         num_candidates: int,
         sampling: Sampling,
-        boundary: Boundary,
+        boundaries: Sequence[Boundary],
         uniforms: FloatArray,
         keep_distributions: bool = False,
     ) -> list[list[Candidate]]:
         """Sample steps, all sequences and candidates side by side; each stops at its boundary."""
-        check_uniforms(uniforms, len(sequences), num_candidates, boundary)
+        check_uniforms(uniforms, len(sequences), num_candidates, boundaries)
         layout = self._open(sequences)
-        for sequence in sequences:
+        for sequence, boundary in zip(sequences, boundaries, strict=True):
             check_room(sequence, boundary.max_tokens, self.context_limit)
             sequence.version += 1  # the columns behind the sequence are about to be written
-        draws = uniforms.reshape(-1, boundary.max_tokens)
         drafts = [
             Draft(row, StepScanner(self._pieces, boundary), [])
-            for row in range(len(sequences))
+            for row, boundary in enumerate(boundaries)
             for _ in range(num_candidates)
         ]
+        draws = uniforms.reshape(len(drafts), -1)
         branches = Branches(drafts, len(sequences), layout.num_columns)
         output = self._forward.run(
             layout,
@@ -217,7 +218,8 @@ class TorchModel:
         for row, (sequence, token_ids) in enumerate(zip(sequences, continuations, strict=True)):
             n = len(token_ids)
             wanted = self._forward.tensor(list(token_ids))
-            logprobs, entropies = describe(output.logits[row, :n], wanted)
+            logits = output.logits[row, :n]
+            logprobs, entropies = describe(logits, wanted)
             columns = list(range(first_column, first_column + n))
             self._keep_columns(sequence, layout.buffer, row, columns)
             sequence.append(token_ids)
@@ -225,6 +227,7 @@ class TorchModel:
                 Observation(
                     token_logprobs=_numpy(logprobs),
                     token_entropies=_numpy(entropies),
+                    num_greedy=count_leading(logits.argmax(-1).cpu().numpy(), token_ids),
                     blocks=None if captures[row] is None else next(blocks),
                     last_hidden_state=_numpy(output.hidden[row, n - 1]) if hidden_state else None,
                 )
@@ -278,6 +281,7 @@ class TorchModel:
                     Observation(
                         token_logprobs=_numpy(logprobs),
                         token_entropies=_numpy(entropies),
+                        num_greedy=count_leading(logits.argmax(-1).cpu().numpy(), token_ids),
                         blocks=None if captures[row] is None else next(blocks),
                         handle=_Handle(sequence, sequence.version, layout.buffer, row, columns),
                     )

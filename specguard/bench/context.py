@@ -93,7 +93,7 @@ def _round(
 
     def propose(count: int, sampling: Sampling) -> Any:
         draws = np.random.default_rng(length).random((1, count, len(step)), dtype=np.float32)
-        return model.propose([sequence], count, sampling, boundary, draws)
+        return model.propose([sequence], count, sampling, [boundary], draws)
 
     def read(*captures: Capture) -> None:
         model.extend([sequence], [step], captures or None)

@@ -67,7 +67,7 @@ class Delegate:
         sequences: Sequence[TokenSequence],
         num_candidates: int,
         sampling: Sampling,
-        boundary: Boundary,
+        boundaries: Sequence[Boundary],
         uniforms: FloatArray,
         keep_distributions: bool = False,
     ) -> list[list[Candidate]]:
@@ -77,7 +77,7 @@ class Delegate:
             sequences,
             num_candidates,
             sampling,
-            boundary,
+            boundaries,
             uniforms,
             keep_distributions,
         )
@@ -146,13 +146,13 @@ class Metered(Delegate):
         sequences: Sequence[TokenSequence],
         num_candidates: int,
         sampling: Sampling,
-        boundary: Boundary,
+        boundaries: Sequence[Boundary],
         uniforms: FloatArray,
         keep_distributions: bool = False,
     ) -> list[list[Candidate]]:
         """Sample steps."""
         found = super().propose(
-            sequences, num_candidates, sampling, boundary, uniforms, keep_distributions
+            sequences, num_candidates, sampling, boundaries, uniforms, keep_distributions
         )
         self.longest += [max(len(one.token_ids) for one in candidates) for candidates in found]
         return found

@@ -112,12 +112,12 @@ class Replayed(Delegate):
         sequences: Sequence[TokenSequence],
         num_candidates: int,
         sampling: Sampling,
-        boundary: Boundary,
+        boundaries: Sequence[Boundary],
         uniforms: FloatArray,
         keep_distributions: bool = False,
     ) -> list[list[Candidate]]:
         """Steps of the scheduled length; in token-level speculation of the asked one."""
-        [sequence] = sequences
+        [sequence], [boundary] = sequences, boundaries
         position = self._position(sequence)
         cap = boundary.max_tokens
         if not keep_distributions:
@@ -126,7 +126,7 @@ class Replayed(Delegate):
             sequences,
             num_candidates,
             sampling,
-            Boundary("", frozenset(), cap),
+            [Boundary("", frozenset(), cap)],
             uniforms[:, :, :cap],
             keep_distributions,
         )

@@ -15,7 +15,7 @@ from specguard.bench.memory import peak_mebibytes
 from specguard.bench.methods import Method
 from specguard.core import Engine, Finished, Task, solve_many
 from specguard.core.errors import SpecguardError
-from specguard.core.records import Solution
+from specguard.core.records import Solution, Stats
 
 FILE_NAME = "results.jsonl"
 _BATCHES_A_TURN = 4  # so that methods take turns, and batches are full most of the time
@@ -130,7 +130,7 @@ class Run:
         sampled = f"{method.num_samples} samples by {method.choice}, matched {method.matched}"
         return f"{method.config(self.engine.config)!r}, {sampled}"
 
-    def _solve(self, turn: list["Job"]) -> Iterator[tuple["Job", list[Solution]]]:
+    def _solve(self, turn: list["Job"]) -> Iterator[tuple["Job", list[Finished]]]:
         """Each job with its solutions, as soon as all of them are there."""
         if self.batch_size == 1 or turn[0][1].matched is not None:
             for job in turn:
@@ -148,22 +148,23 @@ class Run:
             batch_size=self.batch_size,
             memory_budget=self.memory_budget,
         ):
-            if one.error is not None:
-                raise one.error
             job = tasks[one.index][0]
             key = f"{job[0].id} {job[2]}"
             found.setdefault(key, []).append(one)
             if len(found[key]) == job[1].num_samples:
-                ordered = sorted(found[key], key=lambda one: one.index)
-                yield job, [_shared(one.solution) for one in ordered if one.solution is not None]
+                yield job, [_shared(one) for one in sorted(found[key], key=lambda one: one.index)]
 
-    def _samples(self, item: Item, method: Method, seed: int) -> Iterator[Solution]:
+    def _samples(self, item: Item, method: Method, seed: int) -> Iterator[Finished]:
         """One solution after the other; where a time is matched, until it is best matched."""
         limit = None if method.matched is None else self._time_of(method.matched, item, seed)
         spent = 0.0
         for count, number in enumerate(_seeds(method, seed), 1):
-            solution = self.engine.solve(item.problem, **{**method.changes, "seed": number})
-            yield solution
+            try:
+                solution = self.engine.solve(item.problem, **{**method.changes, "seed": number})
+            except SpecguardError as error:
+                yield Finished(count, error=error)
+                return
+            yield Finished(count, solution)
             spent += solution.stats.seconds
             if limit is not None and spent + spent / count / 2 > limit:
                 return
@@ -174,10 +175,12 @@ class Run:
         return float(same[0]["seconds"])
 
     def _row(
-        self, item: Item, method: Method, seed: int, solutions: list[Solution], grader: Grader
+        self, item: Item, method: Method, seed: int, outcomes: list[Finished], grader: Grader
     ) -> dict[str, Any]:
+        solutions = [one.solution for one in outcomes if one.solution is not None]
+        errors = [str(one.error) for one in outcomes if one.error is not None]
         started = time.perf_counter()
-        answer = self._chosen(item, method, solutions)
+        answer = self._chosen(item, method, solutions) if solutions else None
         spent = time.perf_counter() - started
         grade = grader.grade(answer, item.answer)
         costs = _costs(solutions)
@@ -194,7 +197,8 @@ class Run:
             "grade": grade.reason,
             "is_right": grade.is_right,
             "config": self._config_of(method),
-            "num_samples": len(solutions),
+            "errors": errors,
+            "num_samples": len(outcomes),
             "peak_mebibytes": peak_mebibytes(),
             **costs,
         }
@@ -217,10 +221,14 @@ def _seeds(method: Method, seed: int) -> Iterator[int]:
     return (seed * method.num_samples + number for number in range(method.num_samples))
 
 
-def _shared(solution: Solution) -> Solution:
-    """The solution with its share of a batch's time in place of how long it waited."""
+def _shared(one: Finished) -> Finished:
+    """With the solution's share of a batch's time in place of how long it waited."""
+    solution = one.solution
+    if solution is None:
+        return one
     seconds = sum(solution.stats.phase_seconds.values())
-    return replace(solution, stats=replace(solution.stats, seconds=seconds))
+    stats = replace(solution.stats, seconds=seconds)
+    return replace(one, solution=replace(solution, stats=stats))
 
 
 def vote(answers: Sequence[str | None]) -> str | None:
@@ -236,16 +244,17 @@ def vote(answers: Sequence[str | None]) -> str | None:
 
 
 def _costs(solutions: Sequence[Solution]) -> dict[str, Any]:
-    """Statistics of one solution, or their sums over several."""
-    columns: dict[str, Any] = {}
+    """Statistics of one solution, or their sums over several; zeros where there is none."""
+    counts = (name for name in Stats.__dataclass_fields__ if name.startswith("num_"))
+    columns: dict[str, Any] = {**dict.fromkeys(counts, 0), "seconds": 0.0, "phase_seconds": {}}
     for solution in solutions:
         for name, value in asdict(solution.stats).items():
             if name == "phase_seconds":
-                phases = columns.setdefault(name, {})
+                phases = columns[name]
                 for phase, seconds in value.items():
                     phases[phase] = phases.get(phase, 0.0) + seconds
             elif name.startswith("num_") or name == "seconds":
-                columns[name] = columns.get(name, 0) + value
+                columns[name] += value
     columns["finish"] = [solution.finish_reason for solution in solutions]
     columns["num_verified_steps"] = sum(
         step.decision != "plain" for solution in solutions for step in solution.steps

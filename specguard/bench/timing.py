@@ -135,7 +135,7 @@ class _Side:
 
     def propose(self, count: int, sampling: Sampling, boundary: Boundary) -> list[Candidate]:
         draws = _uniforms(len(self.sequence.token_ids), count, boundary.max_tokens)
-        [candidates] = self.model.propose([self.sequence], count, sampling, boundary, draws)
+        [candidates] = self.model.propose([self.sequence], count, sampling, [boundary], draws)
         return candidates
 
     def time_decode(self, count: int, sampling: Sampling, num_tokens: int) -> None:

@@ -59,14 +59,12 @@ class Fallback:
         self._num_paused -= 1
 
     def saw_drafted(
-        self, num_candidates: int, num_longest: int, num_tokens: int, is_accepted: bool
+        self, num_candidates: int, num_longest: int, num_tokens: int, num_rewritten: int
     ) -> None:
-        """A step of ``num_tokens`` was drafted, and accepted or written by the target."""
+        """A step of ``num_tokens`` was drafted, ``num_rewritten`` of which the target wrote."""
         if self._cost is None:
             return
-        self._spent += self._cost.of_step(num_candidates, num_longest)
-        if not is_accepted:
-            self._spent += num_tokens
+        self._spent += self._cost.of_step(num_candidates, num_longest) + num_rewritten
         self._saved += num_tokens
         self._num_seen += 1
         if self._num_seen < _NUM_JUDGED:

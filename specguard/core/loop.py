@@ -5,42 +5,22 @@ what it wants of a model it yields as a request. Plain decoding by the target or
 runs through the same loop and statistics.
 """
 
-import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
 
 from specguard.core.config import TARGET_SELECTOR, Author, SolveConfig
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.fallback import Fallback
-from specguard.core.model import (
-    Candidate,
-    Capture,
-    LanguageModel,
-    Observation,
-    Sampling,
-)
+from specguard.core.ledger import Drafted, Ledger
+from specguard.core.model import Capture, LanguageModel, Observation, Sampling
 from specguard.core.randomness import problem_key
-from specguard.core.records import (
-    CandidateRecord,
-    Decision,
-    FinishReason,
-    Phase,
-    Solution,
-    StepRecord,
-    TokenArrays,
-    summarise,
-)
-from specguard.core.requests import Request, T, Work, perform
+from specguard.core.records import Decision, Solution, StepRecord
+from specguard.core.requests import Request, Work, perform
 from specguard.core.reward import RewardModel, RewardSequence
 from specguard.core.selector import Embedder, Selection, best_verdict, distinct, select_medoid
-from specguard.core.text import final_answer, is_looping
 from specguard.core.verifier import Verdict, by_reward, verify
 from specguard.core.writing import Writer, Written
-
-MAX_LOOP_PERIOD, NUM_LOOP_ROUNDS = 4, 3  # steps: the same four or fewer, three times over
-MAX_TOKEN_PERIOD, NUM_TOKEN_ROUNDS = 16, 8  # tokens within one step that hit its cap
 
 
 def solve_steps(
@@ -88,27 +68,24 @@ def solve_by_requests(
     """`solve_steps`, but for the calls of the models: who sends their results may share them."""
     run = _Run(problem, draft, target, embed, config, reward)
     try:
-        while run.finish_reason is None:
+        while run.ledger.finish_reason is None:
             if run.is_alone:
                 yield (yield from run.write_alone())
                 continue
-            candidates = yield from run.propose()
-            selection = yield from run.select(candidates)
-            selected = candidates[selection.index]
-            verdict = yield from run.verify(selected, selection)
-            if verdict.is_accepted:
-                run.accept(selected)
-                yield run.record("accepted", Written(selected), candidates, selection, verdict)
+            yield from run.propose()
+            yield from run.select()
+            yield from run.verify()
+            if run.is_accepted:
+                yield run.accept()
             else:
-                rewritten = yield from run.rewrite()
-                yield run.record("rewritten", rewritten, candidates, selection, verdict)
-        return run.solution()
+                yield (yield from run.rewrite())
+        return run.ledger.solution()
     finally:
         run.close()
 
 
 class _Run:
-    """One problem's state: what is written, the steps so far, the clock."""
+    """One problem's state: what is written, the step in hand, the books."""
 
     def __init__(
         self,
@@ -121,320 +98,196 @@ class _Run:
     ) -> None:
         self.config = config
         self.embed = embed
-        self.models = _models_in_use(draft, target, config)
+        models = _models_in_use(draft, target, config)
         if not problem.strip():
             raise UsageError("the problem is empty", "give it as an argument, with --file or on -")
-        self.problem = problem
-        lead = self.models.get("target") or self.models["draft"]
-        self.tokenizer = lead.tokenizer
-        self.prompt = self.tokenizer.encode_prompt(problem, config.system_prompt, config.thinking)
-        self.writer = Writer(self.models, self.prompt, problem_key(problem), config)
-        if len(self.prompt.token_ids) >= self.writer.context_limit:
+        lead = models.get("target") or models["draft"]
+        prompt = lead.tokenizer.encode_prompt(problem, config.system_prompt, config.thinking)
+        self.writer = Writer(models, prompt, problem_key(problem), config)
+        if len(prompt.token_ids) >= self.writer.context_limit:
             raise SpecguardError(
-                f"the problem takes {len(self.prompt.token_ids)} tokens and the context window "
+                f"the problem takes {len(prompt.token_ids)} tokens and the context window "
                 f"holds {self.writer.context_limit}",
                 "shorten the problem or choose a pair with a longer context",
             )
+        self.ledger = Ledger(problem, self.writer, config)
         self.fallback = Fallback(config.draft_cost)
         self.judge = _judge(problem, reward, config)
-        self.steps: list[StepRecord] = []
-        self.text = ""
-        self.cut_ids: list[int] = []  # tokens since the last step that ended by itself
-        self.cut_text = ""
-        self.seconds: dict[Phase, float] = {}
-        self.finish_reason: FinishReason | None = None
-        self.capture: Capture | None = None
-        self.observation: Observation | None = None
-        self.num_spared = 0
-        self.verdicts: dict[int, Verdict] = {}  # of candidates that no sequence has taken in yet
-        self.started = time.perf_counter()
+        self.drafted = Drafted([])
 
     @property
     def is_alone(self) -> bool:
         """Whether one model writes the next step and nothing judges it."""
         return not self.config.is_stepwise or self.fallback.is_on
 
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the selected candidate passed."""
+        assert self.drafted.verdict is not None
+        return self.drafted.verdict.is_accepted
+
     # The phases of a step, in the order of the loop.
 
-    def propose(self) -> Work[list[Candidate]]:
+    def propose(self) -> Work[None]:
         """The draft's candidates for the next step: a few first, if so wished, then the others."""
         config = self.config
         k, sampling = config.num_candidates, config.step_sampling
         first = config.num_first_candidates or k
         few = self.writer.propose("draft", first, sampling)
-        candidates = yield from self._timed("propose", few)
-        self.num_spared = k - first
-        if self.num_spared and len(distinct(candidates)) > 1:
+        candidates = yield from self.ledger.timed("propose", few)
+        num_spared = k - first
+        if num_spared and len(distinct(candidates)) > 1:
             more = self.writer.propose_more(candidates, k, sampling)
-            candidates = yield from self._timed("propose", more)
-            self.num_spared = 0
-        return candidates
+            candidates = yield from self.ledger.timed("propose", more)
+            num_spared = 0
+        self.drafted = Drafted(candidates, num_spared)
 
-    def select(self, candidates: list[Candidate]) -> Work[Selection]:
+    def select(self) -> Work[None]:
         """The most consistent candidate, or the one that the target scores highest."""
-        self.capture = self.observation = None
-        self.verdicts = {}
-        with self._phase("select"):
-            selection = select_medoid(candidates, self.embed)
+        candidates = self.drafted.candidates
+        with self.ledger.phase("select"):
+            selection = self.drafted.selection = select_medoid(candidates, self.embed)
             alternatives = distinct(candidates)
-        if (
-            self.config.selector != TARGET_SELECTOR
-            or self.config.method != "specguard"
-            or len(alternatives) == 1
-        ):
-            return selection
-        return (yield from self._timed("verify", self._score(candidates, alternatives, selection)))
+        asks_target = self.config.selector == TARGET_SELECTOR and self.config.method == "specguard"
+        if asks_target and len(alternatives) > 1:
+            yield from self.ledger.timed("verify", self._score(alternatives, selection))
 
-    def _score(
-        self, candidates: list[Candidate], alternatives: list[int], selection: Selection
-    ) -> Work[Selection]:
-        self.capture = self.writer.capture(self.config.verifier)
-        scored = yield from self.writer.score(
-            [candidates[index] for index in alternatives], self.capture
-        )
-        observations = dict(zip(alternatives, scored, strict=True))
-        for index, observation in observations.items():
-            self.verdicts[index] = verify(
-                observation, self.capture, selection.similarities[index], self.config.verifier
+    def _score(self, alternatives: list[int], selection: Selection) -> Work[None]:
+        drafted, verifier = self.drafted, self.config.verifier
+        capture = self.writer.capture(verifier)
+        candidates = [drafted.candidates[index] for index in alternatives]
+        observations = yield from self.writer.score(candidates, capture)
+        for index, observation in zip(alternatives, observations, strict=True):
+            drafted.scored[index] = verify(
+                observation, capture, selection.similarities[index], verifier
             )
-        best = best_verdict(self.verdicts)
-        self.observation = observations[best]
-        return Selection(best, selection.similarities)
+        drafted.seen = list(zip(candidates, observations, strict=True))
+        best = best_verdict(drafted.scored)
+        drafted.observation = observations[alternatives.index(best)]
+        drafted.selection = replace(selection, index=best)
 
-    def verify(self, selected: Candidate, selection: Selection) -> Work[Verdict]:
+    def verify(self) -> Work[None]:
         """Judge the selected candidate; a verifying pass is also its KV in that model."""
-        if selection.index in self.verdicts:
-            return self.verdicts[selection.index]
-        return (yield from self._timed("verify", self._verify(selected, selection)))
+        drafted = self.drafted
+        assert drafted.selection is not None
+        drafted.verdict = drafted.scored.get(drafted.selection.index)
+        if drafted.verdict is None:
+            drafted.verdict = yield from self.ledger.timed("verify", self._verify())
 
-    def _verify(self, selected: Candidate, selection: Selection) -> Work[Verdict]:
-        config = self.config.verifier
+    def _verify(self) -> Work[Verdict]:
+        drafted, verifier = self.drafted, self.config.verifier
+        selected = drafted.selected
         if self.judge is not None:
-            texts = [step.text for step in self.steps]
-            return by_reward(
-                self.judge.rewards([*texts, selected.text])[-1], self.config.reward_threshold
-            )
-        if config.needs_attention or (config.needs_model and config.model == "target"):
-            self.capture = self.writer.capture(config)
-            self.observation = yield from self.writer.read(
-                config.model, selected.token_ids, self.capture
-            )
-        observation = self.observation or Observation(
+            texts = [step.text for step in self.ledger.steps]
+            rewards = self.judge.rewards([*texts, selected.text])
+            return by_reward(rewards[-1], self.config.reward_threshold)
+        capture: Capture | None = None
+        if verifier.needs_attention or (verifier.needs_model and verifier.model == "target"):
+            capture = self.writer.capture(verifier)
+            read = self.writer.read(verifier.model, selected.token_ids, capture)
+            drafted.observation = yield from read
+            if verifier.model == "target":
+                drafted.seen = [(selected, drafted.observation)]
+        observation = drafted.observation or Observation(
             selected.token_logprobs, selected.token_entropies
         )
-        return verify(observation, self.capture, selection.similarities[selection.index], config)
+        return verify(observation, capture, drafted.similarity, verifier)
 
-    def accept(self, selected: Candidate) -> None:
+    def accept(self) -> StepRecord:
         """Keep the draft's step: its KV is committed, unless verifying it already did so."""
-        with self._phase("commit"):
-            if self.observation is None or self.config.verifier.model != "draft":
+        drafted, selected = self.drafted, self.drafted.selected
+        with self.ledger.phase("commit"):
+            if drafted.observation is None or self.config.verifier.model != "draft":
                 self.writer.commit("draft", selected)
-            if self.verdicts:
-                assert self.observation is not None
-                self.writer.commit("target", replace(selected, handle=self.observation.handle))
+            if drafted.scored:
+                assert drafted.observation is not None
+                handle = drafted.observation.handle
+                self.writer.commit("target", replace(selected, handle=handle))
             self.writer.append(selected.token_ids)
+        return self._judged("draft", Written(selected))
 
-    def rewrite(self) -> Work[Written]:
+    def rewrite(self) -> Work[StepRecord]:
         """Take the rejected step back and have the target write it."""
-        return (yield from self._timed("rewrite", self._rewrite()))
+        written = yield from self.ledger.timed("rewrite", self._rewrite())
+        return self._judged("target", written)
 
     def _rewrite(self) -> Work[Written]:
-        if self.observation is not None and not self.verdicts:
-            self.writer.take_back(self.config.verifier.model)
         sampling = self.config.rewrite_sampling
+        begun = self._keep_beginning()
+        if begun is not None and begun.is_finished:
+            return begun
+        token_ids = begun.step.token_ids if begun is not None else ()
         if self.config.rewrite == "speculate":
-            return (yield from self.writer.speculate(sampling))
-        return (yield from self._write("target", sampling))
+            rest = yield from self.writer.speculate(sampling, token_ids)
+        else:
+            rest = yield from self._write("target", sampling, token_ids)
+        return rest if begun is None else self.writer.joined(begun, rest)
+
+    def _keep_beginning(self) -> Written | None:
+        """What a greedy rewrite would begin with: the target has read it, its KV is there.
+
+        Of what it read, these are the tokens that it found most probable, one after the other.
+        """
+        drafted = self.drafted
+        is_held = drafted.observation is not None and not drafted.scored
+        if not drafted.seen or not self.config.rewrite_sampling.is_greedy:
+            if is_held:
+                self.writer.take_back(self.config.verifier.model)
+            return None
+        candidate, seen = max(drafted.seen, key=lambda pair: pair[1].num_greedy)
+        if seen.num_greedy == 0:
+            if is_held:
+                self.writer.take_back("target")
+            return None
+        if not is_held:
+            self.writer.commit("target", replace(candidate, handle=seen.handle))
+        self.writer.commit("draft", candidate)
+        self.writer.append(candidate.token_ids[: seen.num_greedy])
+        self.writer.take_back("target")
+        self.writer.take_back("draft")
+        return Written.beginning(candidate, seen)
 
     def write_alone(self) -> Work[StepRecord]:
         """The next step by one model, nothing judging it; "sd" lets the draft guess tokens."""
         method, sampling = self.config.method, self.config.step_sampling
         if self.fallback.is_on:
             self.fallback.saw_plain()
-            written = yield from self._timed(
-                "rewrite", self._write("target", self.config.rewrite_sampling)
-            )
-            return self.record("plain", written, [], is_fallback=True)
+            work = self._write("target", self.config.rewrite_sampling)
+            written = yield from self.ledger.timed("rewrite", work)
+            return self.ledger.record("plain", "target", written, is_fallback=True)
         if method == "sd":
-            written = yield from self._timed("rewrite", self.writer.speculate(sampling))
-            return self.record("plain", written, [])
+            written = yield from self.ledger.timed("rewrite", self.writer.speculate(sampling))
+            return self.ledger.record("plain", "target", written)
         author: Author = "target" if method == "target" else "draft"
-        written = yield from self._timed("propose", self._write(author, sampling))
-        return self.record("plain", written, [written.step] if author == "draft" else [])
+        written = yield from self.ledger.timed("propose", self._write(author, sampling))
+        drafted = Drafted([written.step]) if author == "draft" else None
+        return self.ledger.record("plain", author, written, drafted)
 
-    def _write(self, author: Author, sampling: Sampling) -> Work[Written]:
-        [step] = yield from self.writer.propose(author, 1, sampling)
+    def _write(
+        self, author: Author, sampling: Sampling, begun: tuple[int, ...] = ()
+    ) -> Work[Written]:
+        [step] = yield from self.writer.propose(author, 1, sampling, begun)
         self.writer.commit(author, step)
         self.writer.append(step.token_ids)
         return Written(step)
 
-    # Records.
-
-    def record(
-        self,
-        decision: Decision,
-        written: Written,
-        candidates: list[Candidate],
-        selection: Selection | None = None,
-        verdict: Verdict | None = None,
-        is_fallback: bool = False,
-    ) -> StepRecord:
-        """Close the step: its record, and whether the solution ends with it."""
-        selected = candidates[selection.index] if selection else written.step
-        by_target = decision == "rewritten" or (
-            decision == "plain" and self.config.method != "draft"
+    def _judged(self, author: Author, written: Written) -> StepRecord:
+        is_accepted = author == "draft"
+        decision: Decision = "accepted" if is_accepted else "rewritten"
+        step = self.ledger.record(decision, author, written, self.drafted)
+        self.fallback.saw_drafted(
+            num_candidates=len(self.drafted.candidates),
+            num_longest=max(len(one.token_ids) for one in self.drafted.candidates),
+            num_tokens=step.num_tokens,
+            num_rewritten=0 if is_accepted else step.num_tokens - step.num_kept,
         )
-        text = self._text_of(written.step)
-        step = StepRecord(
-            index=len(self.steps),
-            text=text,
-            author="target" if by_target else "draft",
-            decision=decision,
-            num_tokens=len(written.step.token_ids),
-            num_drafted=sum(len(candidate.token_ids) for candidate in candidates),
-            signals=dict(verdict.signals) if verdict else {},
-            scores=dict(verdict.scores) if verdict else {},
-            threshold=self._threshold if verdict else None,
-            seconds=self.seconds,
-            draft_text=selected.text if decision == "rewritten" else None,
-            selected=selection.index if selection else None,
-            candidates=self._candidate_records(candidates, selection),
-            tokens=self._token_arrays(selected, verdict),
-            num_guessed=written.num_guessed,
-            num_kept=written.num_kept,
-            is_fallback=is_fallback,
-            num_spared=self.num_spared if verdict else 0,
-        )
-        if verdict is not None:
-            self.fallback.saw_drafted(
-                len(candidates),
-                max(len(candidate.token_ids) for candidate in candidates),
-                step.num_tokens,
-                verdict.is_accepted,
-            )
-        self.seconds = {}
-        self.steps.append(step)
-        self.writer.step = len(self.steps)
-        self.text += text
-        self.finish_reason = self._finish_reason(written.step)
         return step
-
-    def solution(self) -> Solution:
-        """The finished solution."""
-        assert self.finish_reason is not None
-        return Solution(
-            problem=self.problem,
-            answer=final_answer(self.text),
-            text=self.text,
-            finish_reason=self.finish_reason,
-            steps=tuple(self.steps),
-            stats=summarise(
-                self.steps,
-                time.perf_counter() - self.started,
-                len(self.prompt.token_ids),
-                self.writer.num_verified_tokens,
-            ),
-            config=self.config,
-            draft=self.models["draft"].name if "draft" in self.models else None,
-            target=self.models["target"].name if "target" in self.models else None,
-            is_calibrated=self.config.verifier.is_calibrated,
-        )
 
     def close(self) -> None:
         """Close every sequence."""
         self.writer.close()
         if self.judge is not None:
             self.judge.close()
-
-    # Parts.
-
-    @property
-    def _threshold(self) -> float:
-        is_rsd = self.config.method == "rsd"
-        return self.config.reward_threshold if is_rsd else self.config.verifier.threshold
-
-    def _timed(self, phase: Phase, work: Work[T]) -> Work[T]:
-        """Do the work on this phase's account: its own time, and its share of the calls."""
-        result = None
-        while True:
-            try:
-                with self._phase(phase):
-                    request = work.send(result)
-            except StopIteration as stop:
-                found: T = stop.value
-                return found
-            result = yield request
-            self.seconds[phase] += request.seconds
-
-    @contextmanager
-    def _phase(self, phase: Phase) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - started
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
-
-    def _text_of(self, written: Candidate) -> str:
-        """The step's text; after a cut it is read on from there, a character may span the two."""
-        self.cut_ids.extend(written.token_ids)
-        text = self.tokenizer.decode(self.cut_ids)
-        is_cut = written.finish == "length"
-        if is_cut:
-            text = text.rstrip("\ufffd")
-        new, self.cut_text = text[len(self.cut_text) :], text
-        if not is_cut:
-            self.cut_ids, self.cut_text = [], ""
-        return new
-
-    def _candidate_records(
-        self, candidates: list[Candidate], selection: Selection | None
-    ) -> tuple[CandidateRecord, ...] | None:
-        if not self.config.detail or selection is None:
-            return None
-        scores = {
-            candidates[index].token_ids: verdict.scores["ensemble"]
-            for index, verdict in self.verdicts.items()
-        }
-        return tuple(
-            CandidateRecord(
-                text=candidate.text,
-                token_ids=candidate.token_ids,
-                token_logprobs=tuple(candidate.token_logprobs.tolist()),
-                similarity=similarity,
-                finish=candidate.finish,
-                score=scores.get(candidate.token_ids),
-            )
-            for candidate, similarity in zip(candidates, selection.similarities, strict=True)
-        )
-
-    def _token_arrays(self, selected: Candidate, verdict: Verdict | None) -> TokenArrays | None:
-        if not self.config.detail or (verdict is None and self.config.method == "sd"):
-            return None
-        seen = self.observation if verdict and self.observation else selected
-        grounding = verdict.token_grounding if verdict else None
-        return TokenArrays(
-            token_ids=selected.token_ids,
-            pieces=tuple(map(self.writer.pieces, selected.token_ids)),
-            logprobs=tuple(seen.token_logprobs.tolist()),
-            entropies=tuple(seen.token_entropies.tolist()),
-            grounding=None if grounding is None else tuple(grounding.tolist()),
-        )
-
-    def _finish_reason(self, written: Candidate) -> FinishReason | None:
-        if final_answer(self.text) is not None:
-            return "answer"
-        if written.finish == "eos":
-            return "eos"
-        tail = [step.text.strip() for step in self.steps[-MAX_LOOP_PERIOD * NUM_LOOP_ROUNDS :]]
-        if is_looping(tail, MAX_LOOP_PERIOD, NUM_LOOP_ROUNDS) or (
-            written.finish == "length"
-            and is_looping(written.token_ids, MAX_TOKEN_PERIOD, NUM_TOKEN_ROUNDS)
-        ):
-            return "repetition"
-        if self.writer.room < 1 or len(self.steps) >= self.config.max_steps:
-            return "length"
-        return None
 
 
 def _judge(problem: str, reward: RewardModel | None, config: SolveConfig) -> RewardSequence | None:

@@ -61,7 +61,9 @@ class Boundary:
     """Where a step ends: with the token that completes ``delimiter``, at EOS, or at the cap.
 
     A delimiter counts only once there is text that is not blank, so a step never consists of
-    blank lines. An empty delimiter never matches: the step runs to EOS or to the cap.
+    blank lines. An empty delimiter never matches: the step runs to EOS or to the cap. ``written``
+    are tokens of the step that stand already, in which a delimiter may have begun; ``max_tokens``
+    counts those that follow.
 
     Raises:
         UsageError: ``max_tokens`` below 1.
@@ -70,6 +72,7 @@ class Boundary:
     delimiter: str
     eos_ids: frozenset[int]
     max_tokens: int
+    written: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -128,8 +131,9 @@ class AttentionBlock:
 class Observation:
     """What one parallel pass over n given tokens says of them.
 
-    ``token_logprobs`` and ``token_entropies`` [n] as in `Candidate`. ``blocks`` runs from the
-    lowest captured layer to the top one. ``last_hidden_state`` [hidden] is the final hidden state
+    ``token_logprobs`` and ``token_entropies`` [n] as in `Candidate`; the first ``num_greedy``
+    tokens are those that the model itself finds most probable. ``blocks`` runs from the lowest
+    captured layer to the top one. ``last_hidden_state`` [hidden] is the final hidden state
     that predicted the last token. ``handle`` is the backend's way to the KV where the pass was
     `LanguageModel.score`: a `Candidate` that carries it can be committed.
     """
@@ -138,6 +142,7 @@ class Observation:
     token_entropies: FloatArray
     blocks: tuple[AttentionBlock, ...] | None = None
     last_hidden_state: FloatArray | None = None
+    num_greedy: int = 0
     handle: object = field(default=None, repr=False)
 
 
@@ -235,13 +240,14 @@ class LanguageModel(Protocol[S]):
         sequences: Sequence[S],
         num_candidates: int,
         sampling: Sampling,
-        boundary: Boundary,
+        boundaries: Sequence[Boundary],
         uniforms: FloatArray,
         keep_distributions: bool = False,
     ) -> list[list[Candidate]]:
         """Sample ``num_candidates`` steps for each sequence, which stay as they are.
 
-        ``uniforms`` [B, num_candidates, boundary.max_tokens] in [0, 1): token t of a candidate is
+        Each has a boundary of its own. ``uniforms`` [B, num_candidates, the largest max_tokens of
+        the boundaries] in [0, 1): token t of a candidate is
         the inverse CDF, in order of token ids, of its uniform t.
         """
 

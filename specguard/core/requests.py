@@ -84,13 +84,12 @@ class Propose(Request):
 
     @property
     def kind(self) -> Hashable:
-        """Candidates are counted, drawn and ended alike."""
+        """Candidates are counted and drawn alike."""
         return (
             Propose,
             id(self.model),
             self.num_candidates,
             self.sampling,
-            self.boundary,
             self.keep_distributions,
         )
 
@@ -102,8 +101,8 @@ class Propose(Request):
             [request.sequence for request in requests],
             first.num_candidates,
             first.sampling,
-            first.boundary,
-            np.stack([request.uniforms for request in requests]),
+            [request.boundary for request in requests],
+            _stacked([request.uniforms for request in requests]),
             first.keep_distributions,
         )
 
@@ -161,14 +160,21 @@ class Accept(Request):
     @staticmethod
     def perform(requests: Sequence["Accept"]) -> list[Acceptance]:
         """All guesses in one pass."""
-        width = max(len(request.uniforms) for request in requests)
-        rows = [np.resize(request.uniforms, width) for request in requests]
         return requests[0].model.accept(
             [request.sequence for request in requests],
             [request.candidate for request in requests],
             requests[0].sampling,
-            np.stack(rows),
+            _stacked([request.uniforms for request in requests]),
         )
+
+
+def _stacked(parts: Sequence[FloatArray]) -> FloatArray:
+    """The arrays [..., n] side by side, the shorter ones filled up with zeros."""
+    width = max(part.shape[-1] for part in parts)
+    grid = np.zeros((len(parts), *parts[0].shape[:-1], width), dtype=parts[0].dtype)
+    for row, part in zip(grid, parts, strict=True):
+        row[..., : part.shape[-1]] = part
+    return grid
 
 
 def done(work: Work[T]) -> T:

@@ -23,6 +23,8 @@ class StepScanner:
         self._tail = ""
         self._has_text = False
         self._num_tokens = 0
+        for token_id in boundary.written:
+            self._completes_delimiter(piece(token_id))
 
     def feed(self, token_id: int) -> CandidateFinish | None:
         """How the step ends with this token, or None where it goes on."""

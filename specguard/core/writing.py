@@ -4,7 +4,7 @@ Knows how a step comes about token by token; what becomes of a step is the loop'
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,14 +29,27 @@ from specguard.core.text import PieceTable, StepScanner
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A step as it stands; of ``num_guessed`` tokens that the draft guessed it keeps ``num_kept``.
+    """A step as it stands; it keeps ``num_kept`` tokens of the draft's.
 
-    Both are 0 but for token-level speculation.
+    ``num_guessed`` counts those that the draft guessed in token-level speculation.
     """
 
     step: Candidate
     num_guessed: int = 0
     num_kept: int = 0
+    is_finished: bool = True
+
+    @classmethod
+    def beginning(cls, candidate: Candidate, seen: Observation) -> "Written":
+        """The first tokens of a candidate, as far as they are the reading model's own choice."""
+        n = seen.num_greedy
+        step = replace(
+            candidate,
+            token_ids=candidate.token_ids[:n],
+            token_logprobs=seen.token_logprobs[:n],
+            token_entropies=seen.token_entropies[:n],
+        )
+        return cls(step, num_kept=n, is_finished=n == len(candidate.token_ids))
 
 
 class Writer:
@@ -75,12 +88,20 @@ class Writer:
         return min(self._config.max_tokens - written, self.context_limit - len(self.token_ids))
 
     def propose(
-        self, author: Author, num_candidates: int, sampling: Sampling
+        self,
+        author: Author,
+        num_candidates: int,
+        sampling: Sampling,
+        written: tuple[int, ...] = (),
     ) -> Work[list[Candidate]]:
-        """Candidates of one model for the next step."""
+        """Candidates of one model for the next step, or for the rest of one that is begun.
+
+        ``written`` are the tokens of the step that stand already.
+        """
         self._drop_fork()
         sequence = yield from self._caught_up(author)
-        proposal = self._proposal(author, sequence, range(num_candidates), sampling)
+        numbers = range(num_candidates)
+        proposal = self._proposal(author, sequence, numbers, sampling, written)
         candidates: list[Candidate] = yield proposal
         return candidates
 
@@ -98,9 +119,14 @@ class Writer:
         return candidates + self._forked
 
     def _proposal(
-        self, author: Author, sequence: TokenSequence, numbers: range, sampling: Sampling
+        self,
+        author: Author,
+        sequence: TokenSequence,
+        numbers: range,
+        sampling: Sampling,
+        written: tuple[int, ...] = (),
     ) -> Propose:
-        boundary = self._boundary()
+        boundary = self._boundary(written)
         purpose = Purpose.DRAFT if author == "draft" else Purpose.TARGET
         draws = self._draws(purpose, numbers.stop, boundary.max_tokens)[numbers.start :]
         return Propose(
@@ -166,14 +192,14 @@ class Writer:
         """Make tokens part of the text; a model that does not hold them reads them when needed."""
         self.token_ids.extend(token_ids)
 
-    def speculate(self, sampling: Sampling) -> Work[Written]:
-        """Write the target's next step, the draft guessing a few tokens at a time.
+    def speculate(self, sampling: Sampling, written: tuple[int, ...] = ()) -> Work[Written]:
+        """Write the target's next step or the rest of it, the draft guessing a few tokens ahead.
 
         The step is distributed as if the target had drawn it token by token (Leviathan et al. 2023,
         theorem 3.5); it is part of the text already, and the target holds it.
         """
         draft, target = self.models["draft"], self.models["target"]
-        boundary = self._boundary()
+        boundary = self._boundary(written)
         scanner = StepScanner(self.pieces, boundary)
         size = boundary.max_tokens + 1
         guessing, judging, correcting = (
@@ -235,6 +261,19 @@ class Writer:
         )
         return Written(step, num_guessed, num_kept)
 
+    def joined(self, begun: Written, rest: Written) -> Written:
+        """A step of which two parts were written."""
+        first, second = begun.step, rest.step
+        token_ids = first.token_ids + second.token_ids
+        step = replace(
+            second,
+            token_ids=token_ids,
+            text=self.tokenizer.decode(token_ids),
+            token_logprobs=np.concatenate([first.token_logprobs, second.token_logprobs]),
+            token_entropies=np.concatenate([first.token_entropies, second.token_entropies]),
+        )
+        return Written(step, rest.num_guessed, begun.num_kept + rest.num_kept)
+
     def close(self) -> None:
         """Close every sequence."""
         self._drop_fork()
@@ -246,9 +285,9 @@ class Writer:
             self._fork.close()
         self._fork, self._forked = None, []
 
-    def _boundary(self) -> Boundary:
-        cap = min(self._config.max_step_tokens, self.room)
-        return Boundary(self._config.delimiter, self.tokenizer.eos_ids, cap)
+    def _boundary(self, written: tuple[int, ...] = ()) -> Boundary:
+        cap = min(self._config.max_step_tokens - len(written), self.room)
+        return Boundary(self._config.delimiter, self.tokenizer.eos_ids, cap, written)
 
     def _draws(self, purpose: Purpose, num_candidates: int, count: int) -> Any:
         return uniforms(self._config.seed, self._key, purpose, self.step, num_candidates, count)

@@ -91,7 +91,7 @@ def _problem_rows(
                 [ours],
                 max(NUM_SAMPLES),
                 engine.config.sampling or Sampling(),
-                boundary,
+                [boundary],
                 draws[np.newaxis],
             )
             kept = distinct(samples)
