@@ -79,6 +79,18 @@ class Branches:
         own[np.arange(len(parents)), [branch.slot for branch in self.branches]] = True
         self.paths = np.concatenate([self.paths[parents], own], axis=1)
 
+    @property
+    def rows(self) -> list[int]:
+        """Rows that still have a branch."""
+        return sorted({branch.row for branch in self.branches})
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Other rows are gone; these follow one another."""
+        places = {row: place for place, row in enumerate(rows)}
+        for branch in self.branches:
+            branch.row = places[branch.row]
+        self._num_rows = len(rows)
+
     def queries(self, lengths: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
         """Newest tokens and their positions, row by row; ``lengths`` of the sequences."""
         tokens: list[list[int]] = [[] for _ in lengths]

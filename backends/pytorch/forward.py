@@ -41,6 +41,11 @@ class Layout:
         """Columns so far."""
         return self.positions.shape[1]
 
+    def rows(self, rows: Tensor) -> "Layout":
+        """The layout of some rows, with a buffer of their own."""
+        buffer = self.buffer.rows(rows, self.num_columns)
+        return Layout(buffer, self.is_held[rows], self.positions[rows])
+
     def visible(self, inside: Tensor) -> Tensor:
         """The mask [B, 1, q, columns] of queries that see all held columns and ``inside``."""
         held = self.is_held.unsqueeze(1).expand(-1, inside.shape[1], -1)

@@ -47,6 +47,14 @@ class KVBuffer:
                     value[row : row + 1].index_select(2, columns),
                 )
 
+    def rows(self, rows: Tensor, length: int) -> "KVBuffer":
+        """A buffer with the first ``length`` columns of some rows."""
+        chosen = KVBuffer(len(self.keys))
+        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            if key is not None and value is not None:
+                chosen.write(layer, 0, key[rows, :, :length], value[rows, :, :length])
+        return chosen
+
     def share(self) -> Self:
         """The same buffer for one more sequence."""
         self.num_users += 1

@@ -149,6 +149,8 @@ class TorchModel:
             [[sequence.token_ids[-1]] for sequence in sequences],
             [[sequence.num_cached] for sequence in sequences],
         )
+        order = list(range(len(sequences)))  # the sequence of each row
+        homes: dict[int, tuple[KVBuffer, int]] = {}
         trail: list[_Drawn] = []
         needs_probs = keep_distributions or not sampling.is_greedy
         while True:
@@ -167,9 +169,16 @@ class TorchModel:
             branches.take(ids.tolist())
             if not branches.branches:
                 break
-            lengths = [len(sequence.token_ids) for sequence in sequences]
+            rows = branches.rows
+            if 2 * len(rows) <= len(order):  # rows that are done cost as much as others
+                homes |= {row: (layout.buffer, place) for place, row in enumerate(order)}
+                layout = layout.rows(self._forward.tensor(rows))
+                branches.keep(rows)
+                order = [order[row] for row in rows]
+            lengths = [len(sequences[row].token_ids) for row in order]
             output = self._forward.run(layout, *branches.queries(lengths), branches.visible())
-        candidates = self._candidates(sequences, layout, drafts, trail)
+        homes |= {row: (layout.buffer, place) for place, row in enumerate(order)}
+        candidates = self._candidates(sequences, homes, drafts, trail)
         return [
             candidates[row * num_candidates : (row + 1) * num_candidates]
             for row in range(len(sequences))
@@ -342,7 +351,7 @@ class TorchModel:
     def _candidates(
         self,
         sequences: Sequence[TorchSequence],
-        layout: Layout,
+        homes: dict[int, tuple[KVBuffer, int]],
         drafts: list[Draft],
         trail: list[_Drawn],
     ) -> list[Candidate]:
@@ -360,8 +369,8 @@ class TorchModel:
             _Handle(
                 sequence=sequences[draft.row],
                 version=sequences[draft.row].version,
-                buffer=layout.buffer,
-                row=draft.row,
+                buffer=homes[draft.row][0],
+                row=homes[draft.row][1],
                 columns=draft.columns,
                 distributions=torch.stack(rows) if rows else None,
             )
