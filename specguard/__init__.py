@@ -5,6 +5,7 @@
 """
 
 from specguard.core import (
+    DraftCost,
     Engine,
     Sampling,
     Solution,
@@ -14,12 +15,14 @@ from specguard.core import (
     UsageError,
     VerifierConfig,
     ensemble_weights,
+    solve_many,
 )
 from specguard.loading import load
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DraftCost",
     "Engine",
     "Sampling",
     "Solution",
@@ -31,4 +34,5 @@ __all__ = [
     "__version__",
     "ensemble_weights",
     "load",
+    "solve_many",
 ]

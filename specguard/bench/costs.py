@@ -15,7 +15,7 @@ class Costs:
     selector one pass over all candidates). ``commit`` v_d: keeping the chosen candidate in the
     models that hold it. ``catch_up`` s: reading a rewritten step by the model that did not write
     it. ``num_tokens`` n: of the mean step; ``num_longest`` n_max: of its longest candidate;
-    ``num_rewritten`` n_r: of the mean rewritten step.
+    ``num_rewritten`` n_r: what the target decodes of the mean rewritten step.
     """
 
     draft_token: float
@@ -44,7 +44,8 @@ def ideal_seconds(costs: Costs, rejected: float) -> float:
 
         t_d(k) n_max / n + (v + v_d) / n + r (t_t n_r / n + s / n)
 
-    Where rejected steps are as long as others, n_r = n, that is r (t_t + s / n).
+    Where the target writes all of a step and rejected steps are as long as others, n_r = n, that is
+    r (t_t + s / n).
 
     Raises:
         ValueError: a share outside [0, 1].

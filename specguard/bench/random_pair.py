@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from specguard.core.errors import UsageError
 from specguard.models.pairs import BUILT_IN_PAIR, find_pair
@@ -67,6 +66,8 @@ def write_random_model(folder: Path, shape: Shape, seed: int) -> Path:
         shutil.copyfile(Path(built_in) / name, folder / name)
     config = json.loads((Path(built_in) / "config.json").read_text()) | shape.settings()
     (folder / "config.json").write_text(json.dumps(config))
+    from safetensors.numpy import save_file
+
     save_file(_weights(config, seed), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

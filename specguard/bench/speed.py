@@ -228,7 +228,7 @@ class SpeedRun:
             num_tokens=solution.stats.num_tokens,
             num_steps=solution.stats.num_steps,
             num_rejected=solution.stats.num_steps - solution.stats.num_accepted_steps,
-            num_rewritten_tokens=solution.stats.num_tokens - solution.stats.num_accepted_tokens,
+            num_rewritten_tokens=solution.stats.num_target_tokens,
             num_longest=fmean(self.draft.longest) if self.draft.longest else 0.0,
         )
 
