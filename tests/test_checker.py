@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from specguard.models.tiny import problems
@@ -166,11 +166,23 @@ def test_an_invented_number_is_found(index: int, draw: int) -> None:
 
 @fast
 @given(streams, indices)
+@example(3, 463)
 def test_a_skipped_event_is_found(stream: int, index: int) -> None:
+    """Unless the step's own result happens to be the skipped one's: it may then state both."""
     problem = problems.generate(stream, index)
     events = [i for i, sentence in enumerate(problem.sentences) if sentence.updates]
+    counts = {name: n for sentence in problem.sentences for name, n in sentence.facts}
+    results = {}
+    for number in events:
+        for update in problem.sentences[number].updates:
+            if update.source in counts:
+                counts[update.owner] = update.apply(counts[update.source])
+        owners = {update.owner for update in problem.sentences[number].updates}
+        results[number] = {counts.get(owner) for owner in owners}
     for first, second in itertools.pairwise(events):
         updates = problem.sentences[second].updates
+        if results[first] & results[second]:
+            continue
         judgement = judge(problem, problem.steps[:first], problem.steps[second])
         assert not judgement.is_right
         introduced = {update.owner for update in problem.sentences[first].updates}
