@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from specguard import UsageError, load
@@ -146,6 +147,12 @@ def _work(run: Any, err: Any) -> None:
             right.setdefault(row["method"], []).append(row["is_right"])
             shares = (f"{name} {sum(found) / len(found):.0%}" for name, found in right.items())
             progress.update(task, advance=1, description=", ".join(shares))
+    errors = [error for row in run.rows for error in row["errors"]]
+    if errors:
+        err.print(
+            f"{len(errors)} solutions came to nothing; the first: {escape(errors[0])}",
+            style="yellow",
+        )
 
 
 def _report(rows: list[dict[str, Any]], engine: Engine, output: Path) -> None:

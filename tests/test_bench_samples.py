@@ -93,6 +93,15 @@ def test_a_problem_that_cannot_be_solved_does_not_end_the_run(
     assert {line.num_problems for line in summarise(found, (1, 2))} == {3}
 
 
+def test_a_budget_without_room_for_a_problem_ends_the_run(tmp_path: Path) -> None:
+    methods = choose_methods(("target",), BASE)
+    run = Run(engine(), DATA, methods, (0,), tmp_path, "cpu", 2, 100)
+    with pytest.raises(UsageError, match="budget"):
+        list(run.rows_to_come())
+    run.close()
+    assert run.rows == []
+
+
 def test_no_two_samples_are_the_same_run(tmp_path: Path) -> None:
     pair = engine()
     seeds: list[object] = []

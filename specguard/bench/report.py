@@ -79,14 +79,15 @@ def _line(
     if baseline:
         ids = {row["id"] for row in rows} & {row["id"] for row in baseline}
         both = [[row for row in part if row["id"] in ids] for part in (rows, baseline)]
-        if ids:
+        if ids and _total(both[1], "seconds"):
             relative_seconds = _mean(both[0], "seconds") / _mean(both[1], "seconds")
             flops = [_flops(part, num_parameters) / len(part) for part in both]
             relative_flops = flops[0] / flops[1]
+    whole = float(seconds.sum()) or float("inf")  # none where nothing came of any problem
     phases: dict[str, float] = {}
     for row in rows:
         for phase, spent in row["phase_seconds"].items():
-            phases[phase] = phases.get(phase, 0.0) + spent / float(seconds.sum())
+            phases[phase] = phases.get(phase, 0.0) + spent / whole
     return Line(
         method=name,
         num_problems=len({row["id"] for row in rows}),
@@ -96,7 +97,7 @@ def _line(
         mean_seconds=float(seconds.mean()),
         p95_seconds=float(np.quantile(seconds, 0.95)),
         relative_seconds=relative_seconds,
-        tokens_per_second=_total(rows, "num_tokens") / float(seconds.sum()),
+        tokens_per_second=_total(rows, "num_tokens") / whole,
         steps_accepted=_total(rows, "num_accepted_steps") / verified_steps
         if verified_steps
         else None,

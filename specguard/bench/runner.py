@@ -14,7 +14,7 @@ from specguard.bench.journal import Journal
 from specguard.bench.memory import peak_mebibytes
 from specguard.bench.methods import Method
 from specguard.core import Engine, Finished, Task, solve_many
-from specguard.core.errors import SpecguardError
+from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.records import Solution, Stats
 
 FILE_NAME = "results.jsonl"
@@ -148,6 +148,8 @@ class Run:
             batch_size=self.batch_size,
             memory_budget=self.memory_budget,
         ):
+            if isinstance(one.error, UsageError):  # it is the run's, not this problem's
+                raise one.error
             job = tasks[one.index][0]
             key = f"{job[0].id} {job[2]}"
             found.setdefault(key, []).append(one)
@@ -161,6 +163,8 @@ class Run:
         for count, number in enumerate(_seeds(method, seed), 1):
             try:
                 solution = self.engine.solve(item.problem, **{**method.changes, "seed": number})
+            except UsageError:
+                raise
             except SpecguardError as error:
                 yield Finished(count, error=error)
                 return

@@ -27,6 +27,7 @@ CONSERVATIVE_BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
         "consistency": (0.0, 1.0),
     }
 )
+REWARD = "reward"  # what a process reward model says of a step, in place of all of them
 SIGNALS = (*CONSERVATIVE_BOUNDS, "grounding", "grounding_mean")
 # Selectors that take the medoid of embeddings by one of these; a third kind loads a model of that
 # package. "target" takes the candidate that the verifier scores highest.

@@ -135,7 +135,7 @@ class _Schedule:
         """What the problem's keys and values may come to.
 
         Raises:
-            SpecguardError: the budget does not hold it.
+            UsageError: the budget does not hold it.
         """
         if self._budget is None:
             return 0
@@ -143,7 +143,7 @@ class _Schedule:
         models = [model for model in (self._engine.draft, self._engine.target) if model is not None]
         needed = sum(_most_bytes(model, task.problem, config) for model in models)
         if needed > self._budget:
-            raise SpecguardError(
+            raise UsageError(
                 f"the problem may take {needed} bytes of keys and values, and the budget is "
                 f"{self._budget}",
                 "allow more memory, or fewer tokens or candidates",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from specguard.core.config import VerifierConfig
+from specguard.core.config import REWARD, VerifierConfig
 from specguard.core.grounding import grounding
 from specguard.core.model import Capture, FloatArray, Observation
 
@@ -57,8 +57,8 @@ def verify(
 
 def by_reward(reward: float, threshold: float) -> Verdict:
     """A process reward model's verdict, as one signal that needs no bounds."""
-    scores = {"reward": reward, "ensemble": reward}
-    return Verdict(reward >= threshold, {"reward": reward}, scores)
+    scores = {REWARD: reward, "ensemble": reward}
+    return Verdict(reward >= threshold, {REWARD: reward}, scores)
 
 
 def normalise(signal: str, value: float, config: VerifierConfig) -> float:

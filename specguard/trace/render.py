@@ -8,7 +8,7 @@ from importlib.resources import files
 
 import jinja2
 
-from specguard.core.config import SIGNALS, VerifierConfig
+from specguard.core.config import REWARD, SIGNALS, VerifierConfig
 from specguard.core.records import CandidateRecord, Solution, StepRecord, TokenArrays
 
 _COLDEST_LOGPROB = -4.0  # nats; a token that the model gives 2% or less is as hot as it gets
@@ -94,9 +94,9 @@ def _step(record: StepRecord, verifier: VerifierConfig) -> Step:
                 name.replace("_", "-"),
                 record.signals[name],
                 record.scores[name],
-                verifier.weights.get(name, 0.0),
+                1.0 if name == REWARD else verifier.weights.get(name, 0.0),
             )
-            for name in SIGNALS
+            for name in (REWARD, *SIGNALS)
             if name in record.signals
         ),
         tuple(
