@@ -87,6 +87,8 @@ class Reporter:
                 f"({stats.step_acceptance_rate:.0%}), {stats.token_acceptance_rate:.0%} of tokens",
                 f"target wrote {stats.num_target_tokens} tokens",
             ]
+            if stats.num_reused_tokens:
+                parts[-1] += f" and kept {stats.num_reused_tokens} of rejected steps"
         if stats.num_guessed_tokens:
             share = stats.num_kept_tokens / stats.num_guessed_tokens
             parts.append(f"kept {share:.0%} of {stats.num_guessed_tokens} guessed tokens")

@@ -125,6 +125,7 @@ class Ledger:
             tokens=self._token_arrays(written.step, drafted),
             num_guessed=written.num_guessed,
             num_kept=written.num_kept,
+            num_reused=written.num_reused,
             is_fallback=is_fallback,
             num_spared=drafted.num_spared if drafted else 0,
         )

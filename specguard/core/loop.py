@@ -279,7 +279,7 @@ class _Run:
             num_candidates=len(self.drafted.candidates),
             num_longest=max(len(one.token_ids) for one in self.drafted.candidates),
             num_tokens=step.num_tokens,
-            num_rewritten=0 if is_accepted else step.num_tokens - step.num_kept,
+            num_rewritten=0 if is_accepted else step.num_tokens - step.num_reused,
         )
         return step
 

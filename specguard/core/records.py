@@ -55,8 +55,10 @@ class StepRecord:
     [0, 1], ``ensemble`` among them; both are empty in plain decoding. ``seconds`` is wall time by
     phase. ``num_drafted`` counts the draft's tokens over all candidates. In token-level speculation
     the draft guessed ``num_guessed`` tokens, of which ``num_kept`` stand in the text.
-    ``is_fallback`` marks a step that the target wrote because drafting did not pay;
-    ``num_spared`` candidates were not drawn because the first ones agreed.
+    ``num_reused`` tokens at the beginning of a rewritten step stand because the target, reading a
+    rejected candidate, found that it would have written them itself. ``is_fallback`` marks a step
+    that the target wrote because drafting did not pay; ``num_spared`` candidates were not drawn
+    because the first ones agreed.
     """
 
     index: int
@@ -75,6 +77,7 @@ class StepRecord:
     tokens: TokenArrays | None = None
     num_guessed: int = 0
     num_kept: int = 0
+    num_reused: int = 0
     is_fallback: bool = False
     num_spared: int = 0
 
@@ -91,7 +94,8 @@ class Stats:
     Acceptance rates, of steps and of the tokens in them, are None where nothing was verified.
     ``num_target_tokens`` were written by the target one by one; ``num_verified_tokens`` it read in
     parallel passes (catching up included). Token-level speculation kept ``num_kept_tokens`` of the
-    ``num_guessed_tokens`` that the draft guessed for it. Drafting was switched off
+    ``num_guessed_tokens`` that the draft guessed for it. Rewritten steps begin with
+    ``num_reused_tokens`` that the target would have written anyway. Drafting was switched off
     ``num_fallbacks`` times, for ``num_fallback_steps`` in all; ``num_spared_candidates`` were not
     drawn.
     """
@@ -111,6 +115,7 @@ class Stats:
     phase_seconds: dict[Phase, float]
     num_guessed_tokens: int = 0
     num_kept_tokens: int = 0
+    num_reused_tokens: int = 0
     num_fallbacks: int = 0
     num_fallback_steps: int = 0
     num_spared_candidates: int = 0
@@ -220,7 +225,9 @@ def summarise(
         num_accepted_tokens=num_accepted_tokens,
         num_drafted_tokens=sum(step.num_drafted for step in steps),
         num_target_tokens=sum(
-            step.num_tokens - step.num_kept for step in steps if step.author == "target"
+            step.num_tokens - step.num_kept - step.num_reused
+            for step in steps
+            if step.author == "target"
         ),
         num_verified_tokens=num_verified_tokens,
         step_acceptance_rate=len(accepted) / len(verified) if verified else None,
@@ -231,6 +238,7 @@ def summarise(
         phase_seconds=phase_seconds,
         num_guessed_tokens=sum(step.num_guessed for step in steps),
         num_kept_tokens=sum(step.num_kept for step in steps),
+        num_reused_tokens=sum(step.num_reused for step in steps),
         num_fallbacks=sum(
             step.is_fallback and not (index and steps[index - 1].is_fallback)
             for index, step in enumerate(steps)

@@ -29,14 +29,16 @@ from specguard.core.text import PieceTable, StepScanner
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A step as it stands; it keeps ``num_kept`` tokens of the draft's.
+    """A step as it stands.
 
-    ``num_guessed`` counts those that the draft guessed in token-level speculation.
+    Of ``num_guessed`` tokens that the draft guessed it keeps ``num_kept``; ``num_reused`` tokens at
+    its beginning are of a candidate that the target has read.
     """
 
     step: Candidate
     num_guessed: int = 0
     num_kept: int = 0
+    num_reused: int = 0
     is_finished: bool = True
 
     @classmethod
@@ -49,7 +51,7 @@ class Written:
             token_logprobs=seen.token_logprobs[:n],
             token_entropies=seen.token_entropies[:n],
         )
-        return cls(step, num_kept=n, is_finished=n == len(candidate.token_ids))
+        return cls(step, num_reused=n, is_finished=n == len(candidate.token_ids))
 
 
 class Writer:
@@ -272,7 +274,7 @@ class Writer:
             token_logprobs=np.concatenate([first.token_logprobs, second.token_logprobs]),
             token_entropies=np.concatenate([first.token_entropies, second.token_entropies]),
         )
-        return Written(step, rest.num_guessed, begun.num_kept + rest.num_kept)
+        return replace(rest, step=step, num_reused=begun.num_reused)
 
     def close(self) -> None:
         """Close every sequence."""
