@@ -111,7 +111,10 @@ def test_the_target_selects_where_it_verifies(options: list[str], selector: str)
 
 def test_tokens_are_guessed_where_asked() -> None:
     alone = json.loads(invoke("solve", SHELLS, "--method", "target", "--json").stdout)
-    for options in ["--method", "sd"], ["--threshold", "1", "--speculate", "3"]:
+    for options in (
+        ["--method", "sd"],
+        ["--verifier", "draft", "--threshold", "1", "--speculate", "3"],
+    ):
         data = json.loads(invoke("solve", SHELLS, *options, "--json").stdout)
         assert data["text"] == alone["text"]
         assert data["stats"]["num_kept_tokens"] > 0
