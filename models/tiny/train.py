@@ -4,12 +4,10 @@ Trains one network on generated problems, phase by phase. A run that was stopped
 last checkpoint when started again; what it did is in ``log.jsonl`` beside it.
 """
 
-import json
 import time
 from collections import deque
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -20,10 +18,9 @@ from specguard.models.tiny.data import Coder, Row, batches, make_coder
 from specguard.models.tiny.drills import drill
 from specguard.models.tiny.evaluate import solve
 from specguard.models.tiny.network import Network
+from specguard.models.tiny.progress import SECONDS_PER_CHECKPOINT, TrainingRun
 from specguard.models.tiny.recipes import RECIPES, Phase, Recipe
 from specguard.models.tiny.wiring import wire
-
-_SECONDS_PER_CHECKPOINT = 120
 
 
 def make_optimizers(network: Network) -> list[Optimizer]:
@@ -45,47 +42,15 @@ def set_rate(optimizers: list[Optimizer], rate: float) -> None:
             group["lr"] = rate
 
 
-class Run:
+class Run(TrainingRun):
     """A network in training: its weights, its optimizers, and how many tokens it has seen."""
 
     def __init__(self, recipe: Recipe, coder: Coder, folder: Path, device: str) -> None:
-        self.recipe, self.coder, self.folder, self.device = recipe, coder, folder, device
+        self.recipe, self.coder, self.device = recipe, coder, device
         self.network = Network(recipe.shape, coder.lexicon)
         wire(self.network, coder.lexicon, recipe.seed)
         self.network.to(device)
-        self.optimizers = make_optimizers(self.network)
-        self.tokens, self.next_problem, self.steps = 0, 0, 0
-        if self._checkpoint.exists():
-            state = torch.load(self._checkpoint, map_location=device, weights_only=True)
-            self.network.load_state_dict(state["network"])
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            self.tokens, self.next_problem = state["tokens"], state["next_problem"]
-            self.steps = state["steps"]
-
-    @property
-    def _checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pt"
-
-    def save(self) -> None:
-        """Replace the checkpoint in one go."""
-        state = {
-            "network": self.network.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "tokens": self.tokens,
-            "next_problem": self.next_problem,
-            "steps": self.steps,
-        }
-        partial = self._checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self._checkpoint)
-
-    def log(self, **record: Any) -> None:
-        """Append a line to the log and show it."""
-        line = json.dumps({"tokens": self.tokens, "steps": self.steps, **record})
-        with (self.folder / "log.jsonl").open("a") as file:
-            file.write(line + "\n")
-        click.echo(line)
+        super().__init__(self.network, make_optimizers(self.network), folder, device)
 
     def row(self, phase: Phase, index: int) -> Row:
         """Text number ``index``: an exercise or a problem, spread evenly."""
@@ -113,10 +78,7 @@ class Run:
             with mixed:
                 loss = self.network.loss(token_ids, labels)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            self.descend()
             losses.append(loss.item())
             self.tokens += token_ids.numel()
             self.steps += 1
@@ -128,7 +90,7 @@ class Run:
                 logged, seen_then = now, self.tokens
                 mean = sum(losses) / len(losses)
                 self.log(loss=round(mean, 4), phase=phase.name, tokens_per_s=round(speed))
-            if now - saved > _SECONDS_PER_CHECKPOINT:
+            if now - saved > SECONDS_PER_CHECKPOINT:
                 saved = now
                 self.save()
             if self.tokens // self.recipe.check_every > (

@@ -1,23 +1,19 @@
 """Training of the reward model: a run that goes on from its checkpoint, and its log."""
 
-import json
 import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import click
 import numpy as np
 import torch
 
 from specguard.models.tiny.data import Coder
 from specguard.models.tiny.prm.data import batches, replaced_batches
 from specguard.models.tiny.prm.network import RewardNetwork, from_draft
+from specguard.models.tiny.progress import SECONDS_PER_CHECKPOINT, TrainingRun
 from specguard.models.tiny.train import make_optimizers, set_rate
-
-_SECONDS_PER_CHECKPOINT = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,46 +41,14 @@ class Recipe:
         return warm * float(np.interp(tokens / self.tokens, places, rates))
 
 
-class Run:
+class Run(TrainingRun):
     """A reward model in training: its weights, its optimizers, and how many tokens it has seen."""
 
     def __init__(self, recipe: Recipe, coder: Coder, folder: Path) -> None:
-        self.recipe, self.coder, self.folder = recipe, coder, folder
+        self.recipe, self.coder = recipe, coder
         self.draft = from_draft(coder, 0, recipe.seed).eval()
         self.network = from_draft(coder, recipe.num_new_layers, recipe.seed)
-        self.optimizers = make_optimizers(self.network)
-        self.tokens, self.next_problem, self.steps = 0, 0, 0
-        if self._checkpoint.exists():
-            state = torch.load(self._checkpoint, weights_only=True)
-            self.network.load_state_dict(state["network"])
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            self.tokens, self.next_problem = state["tokens"], state["next_problem"]
-            self.steps = state["steps"]
-
-    @property
-    def _checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pt"
-
-    def save(self) -> None:
-        """Replace the checkpoint in one go."""
-        state = {
-            "network": self.network.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "tokens": self.tokens,
-            "next_problem": self.next_problem,
-            "steps": self.steps,
-        }
-        partial = self._checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self._checkpoint)
-
-    def log(self, **record: Any) -> None:
-        """Append a line to the log and show it."""
-        line = json.dumps({"tokens": self.tokens, "steps": self.steps, **record})
-        with (self.folder / "log.jsonl").open("a") as file:
-            file.write(line + "\n")
-        click.echo(line)
+        super().__init__(self.network, make_optimizers(self.network), folder)
 
     def train(self, until: int) -> None:
         """Train until ``until`` tokens have been seen."""
@@ -107,10 +71,7 @@ class Run:
                 detection = self.network.detection_loss(other_ids, other_labels)
             detection.backward()
             detections.append(detection.item())
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            self.descend()
             ends.append(end.item())
             inners.append(inner.item())
             self.tokens += token_ids.numel() + other_ids.numel()
@@ -124,7 +85,7 @@ class Run:
                 losses = {"loss": _mean(ends), "inner_loss": _mean(inners)}
                 losses["detection_loss"] = _mean(detections)
                 self.log(**losses, problems=self.next_problem, tokens_per_s=round(speed))
-            if now - saved > _SECONDS_PER_CHECKPOINT:
+            if now - saved > SECONDS_PER_CHECKPOINT:
                 saved = now
                 self.save()
         self.save()
