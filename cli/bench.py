@@ -12,7 +12,7 @@ from specguard import UsageError, load
 from specguard.backends.registry import choose_backend
 from specguard.bench.methods import choose_methods
 from specguard.cli.data import data_options, read_data
-from specguard.cli.options import model_options
+from specguard.cli.options import model_options, numbers
 from specguard.cli.output import console
 from specguard.core import Engine, SpecguardError
 from specguard.files import write_atomically
@@ -82,7 +82,9 @@ def bench(
         return
     if output is None:
         raise click.MissingParameter(ctx=ctx, param_hint="'--output'", param_type="option")
-    numbers = _seeds(seeds)
+    chosen_seeds = numbers(seeds, "--seeds", int)
+    if any(seed < 0 for seed in chosen_seeds):
+        raise UsageError("a seed must not be negative")
     items = read_data(dataset, data, fields, limit)
     err = console(stderr=True)
     engine = load(
@@ -112,7 +114,7 @@ def bench(
         raise UsageError("--memory-budget has no meaning without a --batch-size")
     budget = None if memory_budget is None else memory_budget * 2**20
     name, _, _ = choose_backend(backend)
-    run = Run(engine, items, chosen, numbers, output, name, batch_size, budget)
+    run = Run(engine, items, chosen, chosen_seeds, output, name, batch_size, budget)
     try:
         _work(run, err)
     finally:
@@ -186,13 +188,3 @@ def _num_parameters(engine: Engine) -> tuple[int, int]:
         for model in (engine.draft, engine.target)
     ]
     return counts[0], counts[1]
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        found = list(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError as error:
-        raise UsageError(f"--seeds must be numbers separated by commas, not {text!r}") from error
-    if any(seed < 0 for seed in found):
-        raise UsageError("a seed must not be negative")
-    return found

@@ -13,7 +13,7 @@ from specguard.backends.registry import choose_backend
 from specguard.bench.context import context_table, time_contexts
 from specguard.bench.random_pair import Shape, write_random_model
 from specguard.bench.tables import machine, machine_line
-from specguard.cli.bench_speed import numbers
+from specguard.cli.options import numbers
 from specguard.cli.output import console
 
 

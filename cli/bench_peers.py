@@ -22,7 +22,7 @@ from specguard.bench.peers import (
 )
 from specguard.bench.random_pair import Shape, write_random_model
 from specguard.bench.tables import machine, machine_line
-from specguard.cli.bench_speed import numbers
+from specguard.cli.options import numbers
 from specguard.cli.output import console
 from specguard.loading import configure
 from specguard.models.pairs import BUILT_IN_PAIR, find_pair

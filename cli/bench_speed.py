@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
-from typing import Any
 
 import click
 from rich.progress import Progress
@@ -14,7 +13,7 @@ from specguard import UsageError, load
 from specguard.backends.registry import choose_backend
 from specguard.bench.speed import Speed, SpeedRun
 from specguard.bench.tables import as_table, machine, machine_line
-from specguard.cli.options import model_options
+from specguard.cli.options import model_options, numbers
 from specguard.cli.output import console
 
 
@@ -95,18 +94,6 @@ def speed(
     click.echo(rates_table(found))
     click.echo(costs_table(found))
     click.echo(speed_ups_table(found), nl=False)
-
-
-def numbers(text: str, flag: str, kind: type[Any]) -> list[Any]:
-    """Numbers separated by commas, each once.
-
-    Raises:
-        UsageError: something else.
-    """
-    try:
-        return list(dict.fromkeys(kind(part) for part in text.split(",")))
-    except ValueError as error:
-        raise UsageError(f"{flag} must be numbers separated by commas, not {text!r}") from error
 
 
 def rates_table(found: Speed) -> str:

@@ -171,6 +171,18 @@ def method_options(command: F) -> F:
     return command
 
 
+def numbers(text: str, flag: str, kind: type[Any]) -> list[Any]:
+    """Numbers separated by commas, each once.
+
+    Raises:
+        UsageError: something else.
+    """
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError as error:
+        raise UsageError(f"{flag} must be numbers separated by commas, not {text!r}") from error
+
+
 def check_unicode(text: str, name: str) -> None:
     """Refuse an argument whose bytes were not UTF-8.
 
