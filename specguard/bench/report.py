@@ -10,6 +10,7 @@ import numpy as np
 
 from specguard.bench.methods import BASELINE
 from specguard.bench.statistics import accuracy_interval, paired_p
+from specguard.bench.tables import as_table
 
 Rows = Sequence[dict[str, Any]]
 
@@ -187,8 +188,7 @@ def cells(line: Line) -> list[str]:
 
 def as_markdown(lines: Sequence[Line]) -> str:
     """A Markdown table."""
-    rows = [_COLUMNS, ("---",) * len(_COLUMNS), *map(cells, lines)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    return as_table(_COLUMNS, list(map(cells, lines)))
 
 
 def as_csv(lines: Sequence[Line]) -> str:
