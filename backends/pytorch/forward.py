@@ -131,15 +131,15 @@ class Forward:
         layout = self.layout([buffer], [num_cached])
         positions = torch.arange(len(token_ids), device=self.device).unsqueeze(0) + num_cached
         attention = AttentionPass(is_causal=num_cached == 0)
-        mask = layout.visible(self._causal(1, len(token_ids)))
-        if num_cached:
-            attention.mask = mask
+        # Fused attention knows what causal is; a mask over a long prompt would be large.
+        if num_cached or not self._has_own_attention:
+            attention.mask = layout.visible(self._causal(1, len(token_ids)))
         tokens = self.tensor([token_ids])
         layout.positions = torch.cat([layout.positions, positions], 1)
         if self._lean is not None:
             self._lean(tokens, positions, buffer, num_cached, attention)
         else:
-            self._call(self.model.base_model, layout, tokens, positions, mask, attention)
+            self._call(self.model.base_model, layout, tokens, positions, attention)
 
     def run(
         self,
@@ -173,9 +173,7 @@ class Forward:
             logits: Tensor = self._head(hidden)
             self._head_input = None
         else:
-            output = self._call(
-                self.model, layout, token_grid, position_grid, attention.mask, attention
-            )
+            output = self._call(self.model, layout, token_grid, position_grid, attention)
             logits = output.logits
             assert self._head_input is not None
             hidden, self._head_input = self._head_input, None
@@ -188,7 +186,6 @@ class Forward:
         layout: Layout,
         tokens: Tensor,
         positions: Tensor,
-        visible: Tensor | None,
         attention: AttentionPass,
     ) -> Any:
         cache = PassCache(layout.buffer, layout.num_columns - tokens.shape[1])
@@ -197,8 +194,8 @@ class Forward:
             mask: Tensor | dict[str, Tensor] = self._placeholder
             extra: dict[str, Any] = {"attention_pass": attention}
         else:
-            assert visible is not None
-            mask, extra = self._additive_masks(layout, positions, visible), {}
+            assert attention.mask is not None
+            mask, extra = self._additive_masks(layout, positions, attention.mask), {}
         output = module(
             input_ids=tokens,
             attention_mask=mask,
