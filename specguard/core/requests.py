@@ -5,6 +5,7 @@ differ in their sequences only. Who performs them decides how many go together.
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Request:
+class Request(ABC):
     """``seconds`` is its share of the call that it went with, there once it is performed."""
 
     model: LanguageModel[Any]
@@ -45,9 +46,9 @@ class Request:
         return type(self), id(self.model)
 
     @staticmethod
+    @abstractmethod
     def perform(requests: Sequence[Any]) -> Sequence[Any]:
         """The results of requests of one kind."""
-        raise NotImplementedError
 
 
 Work = Generator[Request, Any, T]  # yields requests, is sent their results, returns a T

@@ -5,7 +5,6 @@ is done for as many problems as possible; whoever finishes makes room for the ne
 A solution depends neither on the other problems nor on how many there are.
 """
 
-from collections import deque
 from collections.abc import Generator, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,7 +90,7 @@ class _Schedule:
         self._engine = engine
         self._tasks = enumerate(tasks)
         self._batch_size, self._budget = batch_size, memory_budget
-        self._waiting: deque[tuple[int, Task, int]] = deque()  # at most one, that found no room
+        self._waiting: tuple[int, Task, int] | None = None  # read, and found no room yet
         self._open: list[_Open] = []
         self._prefixes: dict[int, TokenSequence] = {}
 
@@ -112,20 +111,20 @@ class _Schedule:
     def _admit(self) -> Iterator[Finished]:
         """Begin as many problems as there is room for."""
         while len(self._open) < self._batch_size:
-            if not self._waiting:
+            if self._waiting is None:
                 found = next(self._tasks, None)
                 if found is None:
                     return
                 try:
-                    self._waiting.append((*found, self._most_bytes(found[1])))
+                    self._waiting = (*found, self._most_bytes(found[1]))
                 except SpecguardError as error:
                     yield Finished(found[0], error=error)
                     continue
-            index, task, num_bytes = self._waiting[0]
+            index, task, num_bytes = self._waiting
             taken = sum(problem.num_bytes for problem in self._open)
             if self._budget is not None and self._open and taken + num_bytes > self._budget:
                 return
-            self._waiting.popleft()
+            self._waiting = None
             solving = self._engine.requests(task.problem, **task.changes)
             problem = _Open(index, solving, num_bytes)
             self._open.append(problem)
