@@ -3,8 +3,10 @@
 Knows the seam and NumPy, and no framework.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,21 +17,23 @@ from specguard.core.model import (
     Candidate,
     CandidateFinish,
     Capture,
+    Drafting,
     FloatArray,
     Prompt,
     Tokenizer,
     TokenSequence,
 )
-from specguard.core.text import StepScanner
+from specguard.core.text import PieceTable, StepScanner
+
+S = TypeVar("S", bound=TokenSequence)
 
 
 @dataclass(slots=True)
 class Draft:
-    """A candidate in the making: whose it is, its tokens, and the columns of its KV."""
+    """A candidate in the making: its tokens, and the columns of its KV."""
 
-    row: int
     scanner: StepScanner
-    columns: list[int]
+    columns: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     finish: CandidateFinish | None = None
 
@@ -38,6 +42,52 @@ class Draft:
         self.token_ids.append(token_id)
         self.finish = self.scanner.feed(token_id)
         return self.finish is None
+
+
+class OpenDrafts:
+    """Candidates in the making by their numbers, and the uniforms that they are drawn by."""
+
+    def __init__(self, pieces: PieceTable) -> None:
+        self._pieces = pieces
+        self._numbers = count()
+        self._uniforms: dict[int, FloatArray] = {}
+        self.drafts: dict[int, Draft] = {}
+
+    def add(self, boundary: Boundary, uniforms: FloatArray) -> dict[int, Draft]:
+        """A candidate for each row of ``uniforms`` [num_candidates, boundary.max_tokens]."""
+        added = {next(self._numbers): Draft(StepScanner(self._pieces, boundary)) for _ in uniforms}
+        self.drafts |= added
+        self._uniforms |= zip(added, uniforms, strict=True)
+        return added
+
+    def uniforms(self, numbers: Sequence[int]) -> FloatArray:
+        """The uniform [N] of each one's next token."""
+        return np.array([self._uniforms[i][len(self.drafts[i].token_ids)] for i in numbers])
+
+    def is_last(self, numbers: Sequence[int]) -> bool:
+        """Whether the next token ends all of these, whatever it is."""
+        return all(len(self._uniforms[i]) == len(self.drafts[i].token_ids) + 1 for i in numbers)
+
+    def drop(self, numbers: Iterable[int]) -> None:
+        """These are done."""
+        for number in numbers:
+            del self.drafts[number], self._uniforms[number]
+
+
+def propose_by(
+    drafting: Drafting[S],
+    sequences: Sequence[S],
+    num_candidates: int,
+    boundaries: Sequence[Boundary],
+    uniforms: FloatArray,
+) -> list[list[Candidate]]:
+    """`LanguageModel.propose` by a fresh drafting that all sequences join at once."""
+    check_sequences(sequences)
+    check_uniforms(uniforms, len(sequences), num_candidates, boundaries)
+    for sequence, boundary, draws in zip(sequences, boundaries, uniforms, strict=True):
+        drafting.add(sequence, boundary, draws[:, : boundary.max_tokens])
+    found = {id(sequence): candidates for sequence, candidates in drafting.run(len(sequences))}
+    return [found[id(sequence)] for sequence in sequences]
 
 
 def check_prompt(prompt: Prompt, prefix: TokenSequence | None) -> None:

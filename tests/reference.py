@@ -6,6 +6,7 @@ runs over it first, and exact distributions can be enumerated.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from specguard.core import (
     Sampling,
     StepScanner,
 )
+from specguard.core.drafting import WholeDrafting
 from specguard.core.model import FloatArray
 from tests.rollout import block_of
 from tests.scripted import CharTokenizer, FakeSequence
@@ -146,6 +148,11 @@ class ReferenceModel:
             logprobs.append(logs[token_id])
             entropies.append(-(np.exp(logs) * logs).sum())
         return np.array(logprobs), np.array(entropies)
+
+    def drafting(
+        self, num_candidates: int, sampling: Sampling, keep_distributions: bool = False
+    ) -> Any:
+        return WholeDrafting(self, num_candidates, sampling, keep_distributions)
 
     def commit(self, sequences: Sequence[CheckedSequence], candidates: Sequence[Candidate]) -> None:
         for sequence, candidate in zip(sequences, candidates, strict=True):

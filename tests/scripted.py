@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from specguard.core import (
     Prompt,
     Sampling,
 )
+from specguard.core.drafting import WholeDrafting
 from specguard.core.model import CandidateFinish, FloatArray
 
 EOS = 0
@@ -122,6 +124,11 @@ class Scripted:
             finish=finish,
             embedding=np.bincount(np.array(ids) % 16, minlength=16).astype(float),
         )
+
+    def drafting(
+        self, num_candidates: int, sampling: Sampling, keep_distributions: bool = False
+    ) -> Any:
+        return WholeDrafting(self, num_candidates, sampling, keep_distributions)
 
     def commit(self, sequences: Sequence[FakeSequence], candidates: Sequence[Candidate]) -> None:
         self._log("commit", candidates[0].text)

@@ -287,6 +287,59 @@ def test_a_batch_gives_what_its_rows_give_alone(model: Model) -> None:
         )
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, 1.0), Sampling(0.3, 0.9)])
+@pytest.mark.parametrize("k", [1, 3])
+def test_sequences_join_and_leave_while_others_are_drawn_for(
+    model: Model, k: int, sampling: Sampling
+) -> None:
+    rng = np.random.default_rng(k)
+    caps = [9, 2, 14, 1, 6, 11, 3]
+    prompts = [
+        Prompt(tuple(rng.integers(33, 90, n).tolist()), (0, 1)) for n in (7, 3, 1, 12, 5, 2, 9)
+    ]
+    asked = [
+        (prompt, cap, seed) for seed, (prompt, cap) in enumerate(zip(prompts, caps, strict=True))
+    ]
+    expected = []
+    for prompt, cap, seed in asked:
+        sequence = model.start(prompt)
+        found = propose(model, sequence, k, cap, sampling, seed=seed)
+        model.commit([sequence], found[-1:])
+        [seen] = model.extend([sequence], [[40, 41]])
+        expected.append((found, seen))
+
+    drafting = model.drafting(k, sampling)
+    waiting, drawn = list(asked), {}
+    numbers: dict[int, int] = {}
+    kept = []
+    for num_joining, num_wanted in [(2, 1), (1, 1), (0, 1), (3, 2), (1, 9)]:
+        for prompt, cap, seed in waiting[:num_joining]:
+            sequence = model.start(prompt)
+            kept.append(sequence)
+            numbers[id(sequence)] = seed
+            drafting.add(sequence, boundary(model, cap), draws(k, cap, seed)[0])
+        del waiting[:num_joining]
+        found = drafting.run(num_wanted)
+        assert len(found) >= min(num_wanted, len(kept) - len(drawn))
+        for sequence, candidates in found:
+            drawn[numbers[id(sequence)]] = candidates
+            # What one has drawn can be kept while the others are not done.
+            model.commit([sequence], candidates[-1:])
+            [seen] = model.extend([sequence], [[40, 41]])
+            whole, wanted = expected[numbers[id(sequence)]]
+            np.testing.assert_allclose(seen.token_logprobs, wanted.token_logprobs, atol=TOLERANCE)
+            assert [c.token_ids for c in candidates] == [c.token_ids for c in whole]
+            for one, other in zip(candidates, whole, strict=True):
+                assert one.finish == other.finish
+                np.testing.assert_allclose(one.token_logprobs, other.token_logprobs, atol=TOLERANCE)
+                np.testing.assert_allclose(
+                    one.token_entropies, other.token_entropies, atol=TOLERANCE
+                )
+                np.testing.assert_allclose(one.embedding, other.embedding, atol=1e-3)
+    assert sorted(drawn) == list(range(len(asked)))
+    assert drafting.run(1) == []
+
+
 def test_a_candidate_does_not_depend_on_how_many_there_are(model: Model) -> None:
     few = propose(model, model.start(PROMPT), 2, 6)
     many = propose(model, model.start(PROMPT), 7, 6)

@@ -75,6 +75,44 @@ def test_a_solution_does_not_depend_on_the_batch(
         assert one.solution.stats.num_verified_tokens == expected.stats.num_verified_tokens
 
 
+@pytest.mark.parametrize("backend", ["cpu", "mlx"])
+def test_the_built_in_pair_solves_side_by_side_what_it_solves_alone(backend: str) -> None:
+    if backend == "mlx":
+        pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+    pair = specguard.load("tiny", backend=backend, num_candidates=4)
+    texts = [problem.text for problem in islice(problems.stream(problems.HELD_OUT), 6)]
+    alone = [decisions(pair.solve(text, sampling=Sampling(1.0, 1.0))) for text in texts]
+    assert {decision for steps in alone for decision, _, _ in steps} >= {"accepted", "rewritten"}
+    for batch_size in 2, 5:
+        found = in_order(
+            solve_many(pair, texts, batch_size=batch_size, sampling=Sampling(1.0, 1.0))
+        )
+        assert [decisions(one.solution) for one in found] == alone
+
+
+def test_who_has_its_step_does_not_wait_for_those_who_have_not() -> None:
+    # Steps of one problem are long, those of the others short: they end while it is drawn.
+    pair = specguard.load("tiny", backend="cpu", method="draft")
+    draft = pair.draft
+    assert draft is not None
+    rows = []
+    run = draft._forward.run  # type: ignore[attr-defined]
+
+    def counted(layout: object, tokens: list[list[int]], *rest: object) -> object:
+        rows.append(len(tokens))
+        return run(layout, tokens, *rest)
+
+    draft._forward.run = counted  # type: ignore[attr-defined]
+    texts = [problem.text for problem in islice(problems.stream(problems.HELD_OUT), 8)]
+    alone = [pair.solve(text).text for text in texts]
+    num_alone = len(rows)
+    rows.clear()
+    found = in_order(solve_many(pair, texts, batch_size=4))
+    assert [one.solution.text for one in found if one.solution] == alone
+    # A pass serves three of the four in the mean, though steps differ in length.
+    assert len(rows) < num_alone / 3
+
+
 def test_requests_of_a_batch_go_in_one_call() -> None:
     pair = engine(method="target")
     sizes: list[int] = []

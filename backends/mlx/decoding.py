@@ -54,6 +54,22 @@ class MlxSequence(BufferedSequence[KVBuffer]):
 
 
 @dataclass(slots=True)
+class Handle:
+    """Where a candidate's KV lies behind its sequence, and what is known of what follows it.
+
+    ``columns`` belong to the places from ``start`` on. ``distributions`` [n, V] are the warped
+    ones, if they were kept.
+    """
+
+    sequence: MlxSequence
+    version: int
+    start: int
+    columns: list[int]
+    ahead: Next | None = None
+    distributions: mx.array | None = None
+
+
+@dataclass(slots=True)
 class Branches:
     """The candidates of one sequence while they are drawn: their columns behind the sequence."""
 
@@ -93,12 +109,17 @@ class Trail:
     So nothing at the end of a step waits for the pass that is under way then.
     """
 
-    def __init__(self, num_drafts: int) -> None:
-        self._num_drafts = num_drafts
-        self._owners: list[int] = []
+    def __init__(self) -> None:
+        self._num_forgotten = 0
+        self._alive: list[list[int]] = []
         self._described: list[tuple[mx.array, mx.array]] = []
         self._hidden: list[mx.array] = []
-        self.kept: dict[int, list[mx.array]] = {}
+        self._kept: dict[int, list[mx.array]] = {}
+
+    @property
+    def num_passes(self) -> int:
+        """Passes so far, the forgotten ones among them."""
+        return self._num_forgotten + len(self._alive)
 
     def add(
         self, alive: list[int], token_ids: mx.array, following: Next, probs: mx.array | None
@@ -107,7 +128,7 @@ class Trail:
 
         Their computation begins.
         """
-        self._owners += alive
+        self._alive.append(alive)
         described = describe(following.logits, token_ids)
         hidden = following.hidden.astype(mx.float32)
         mx.async_eval(token_ids, described, hidden)
@@ -115,26 +136,43 @@ class Trail:
         self._hidden.append(hidden)
         if probs is not None:
             for slot, index in enumerate(alive):
-                self.kept.setdefault(index, []).append(probs[slot])
+                self._kept.setdefault(index, []).append(probs[slot])
 
-    def owners(self) -> NDArray[np.integer]:
-        """The candidate that each token belongs to, in order of drawing."""
-        return np.array(self._owners)
+    def take(
+        self, numbers: list[int], first_pass: int
+    ) -> tuple[NDArray[np.integer], FloatArray, FloatArray, FloatArray]:
+        """What was drawn for some candidates, none of it before ``first_pass``.
 
-    def hidden_sums(self) -> FloatArray:
-        """Sums [drafts, H] of the hidden states that predicted each one's tokens."""
-        hidden = np.concatenate([np.array(states) for states in self._hidden])
-        sums = np.zeros((self._num_drafts, hidden.shape[1]), dtype=np.float32)
-        np.add.at(sums, self._owners, hidden)
-        return sums
-
-    def described(self) -> tuple[FloatArray, FloatArray]:
-        """Log-probs and entropies of all tokens, in the order of ``owners``."""
-        logprobs, entropies = (
-            np.concatenate([np.array(part) for part in parts])
-            for parts in zip(*self._described, strict=True)
+        Returns:
+            For each token [N] the place of its candidate among ``numbers``, its log-probability and
+            its entropy; and sums [numbers, H] of the hidden states that predicted them.
+        """
+        first = first_pass - self._num_forgotten
+        places = {number: place for place, number in enumerate(numbers)}
+        owners = np.array(
+            [places.get(index, -1) for alive in self._alive[first:] for index in alive]
         )
-        return logprobs, entropies
+        is_mine = owners >= 0
+        logprobs, entropies = (
+            np.concatenate([np.array(part) for part in parts])[is_mine]
+            for parts in zip(*self._described[first:], strict=True)
+        )
+        hidden = np.concatenate([np.array(states) for states in self._hidden[first:]])[is_mine]
+        sums = np.zeros((len(numbers), hidden.shape[1]), dtype=np.float32)
+        np.add.at(sums, owners[is_mine], hidden)
+        return owners[is_mine], logprobs, entropies, sums
+
+    def distributions(self, number: int) -> mx.array | None:
+        """What a candidate's tokens were drawn from, [n, V], if it was kept; it is given away."""
+        kept = self._kept.pop(number, None)
+        return None if kept is None else mx.stack(kept)
+
+    def forget(self, first_pass: int | None) -> None:
+        """Drop what was drawn before a pass, or everything."""
+        num_passes = len(self._alive) if first_pass is None else first_pass - self._num_forgotten
+        self._num_forgotten += num_passes
+        for passes in self._alive, self._described, self._hidden:
+            del passes[:num_passes]
 
 
 def draw_tokens(
@@ -156,3 +194,8 @@ def to_numpy(array: mx.array) -> FloatArray:
     """The array in single precision, once it is computed."""
     found: FloatArray = np.array(array.astype(mx.float32))
     return found
+
+
+def offset(positions: list[int]) -> int | mx.array:
+    """Positions as a model takes them: one number where they are equal."""
+    return positions[0] if len(set(positions)) == 1 else mx.array(positions)

@@ -1,11 +1,6 @@
-"""The seam's verbs over an mlx-lm model.
-
-Decoding runs one pass ahead: while Python reads a token and looks for the step's end, the pass
-over that token is under way. The pass over the last token of a step is kept for the next step.
-"""
+"""The seam's verbs over an mlx-lm model."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -16,27 +11,25 @@ from numpy.typing import NDArray
 from specguard.backends.mlx.attention import Row
 from specguard.backends.mlx.decoding import (
     CHUNK,
-    Branches,
+    Handle,
     MlxSequence,
     Next,
-    Trail,
-    draw_tokens,
+    offset,
     slot_row,
     to_numpy,
 )
+from specguard.backends.mlx.drafting import MlxDrafting
 from specguard.backends.mlx.forward import Forward, attention_blocks
 from specguard.backends.mlx.sampling import accept_tokens, describe, warp
 from specguard.backends.verbs import (
-    Draft,
     check_alternatives,
     check_continuations,
     check_length,
     check_prompt,
     check_room,
     check_sequences,
-    check_uniforms,
     count_leading,
-    finish_candidates,
+    propose_by,
 )
 from specguard.core.model import (
     Acceptance,
@@ -49,26 +42,10 @@ from specguard.core.model import (
     Sampling,
     Tokenizer,
 )
-from specguard.core.text import PieceTable, StepScanner
+from specguard.core.text import PieceTable
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-@dataclass(slots=True)
-class _Handle:
-    """Where a candidate's KV lies behind its sequence, and what is known of what follows it.
-
-    ``columns`` belong to the places from ``start`` on. ``distributions`` [n, V] are the warped
-    ones, if they were kept.
-    """
-
-    sequence: MlxSequence
-    version: int
-    start: int
-    columns: list[int]
-    ahead: Next | None = None
-    distributions: mx.array | None = None
 
 
 def _names_memory_errors(
@@ -141,53 +118,24 @@ class MlxModel:
         keep_distributions: bool = False,
     ) -> list[list[Candidate]]:
         """Sample steps, all sequences and candidates side by side; each stops at its boundary."""
-        check_sequences(sequences)
-        check_uniforms(uniforms, len(sequences), num_candidates, boundaries)
-        for sequence, boundary in zip(sequences, boundaries, strict=True):
-            check_room(sequence, boundary.max_tokens, self.context_limit)
-            sequence.readable()
-        for sequence in sequences:
-            sequence.version += 1  # the columns behind the sequence are about to be written
-        branches = [Branches(sequence, num_candidates) for sequence in sequences]
-        drafts = [
-            Draft(row, StepScanner(self._pieces, boundary), [])
-            for row, boundary in enumerate(boundaries)
-            for _ in range(num_candidates)
-        ]
-        draws = uniforms.reshape(len(drafts), -1)
-        following = self._after_pending(sequences)
-        slots = [draft.row for draft in drafts]
-        alive = list(range(len(drafts)))
-        ahead: dict[int, Next] = {}
-        trail = Trail(len(drafts))
-        needs_probs = keep_distributions or not sampling.is_greedy
-        for position in range(draws.shape[1]):
-            token_ids, following, probs = draw_tokens(
-                following, slots, sampling, draws[alive, position], needs_probs
-            )
-            trail.add(alive, token_ids, following, probs if keep_distributions else None)
-            is_last = position + 1 == draws.shape[1]
-            if not is_last:
-                following = self._decode(branches, drafts, alive, token_ids)
-                mx.async_eval(following)
-            slots, next_alive = [], []
-            # Only here Python waits, for the token alone: the pass over it is under way.
-            for slot, (index, token_id) in enumerate(zip(alive, token_ids.tolist(), strict=True)):
-                if drafts[index].take(token_id):
-                    slots.append(slot)
-                    next_alive.append(index)
-                elif not is_last:
-                    ahead[index] = following.take([slot])
-                    # A lazy array belongs to its thread; the next step may run in another.
-                    mx.async_eval(ahead[index])
-            if not next_alive:
-                break
-            alive = next_alive
-        candidates = self._candidates(sequences, drafts, trail, ahead)
-        return [
-            candidates[row * num_candidates : (row + 1) * num_candidates]
-            for row in range(len(sequences))
-        ]
+        drafting = self.drafting(num_candidates, sampling, keep_distributions)
+        return propose_by(drafting, sequences, num_candidates, boundaries, uniforms)
+
+    def drafting(
+        self, num_candidates: int, sampling: Sampling, keep_distributions: bool = False
+    ) -> MlxDrafting:
+        """What ``propose`` does, for sequences that come and go."""
+        return MlxDrafting(
+            self._name,
+            self._forward,
+            self._after_pending,
+            self._tokenizer,
+            self._pieces,
+            self._context_limit,
+            num_candidates,
+            sampling,
+            keep_distributions,
+        )
 
     @_names_memory_errors
     def commit(self, sequences: Sequence[MlxSequence], candidates: Sequence[Candidate]) -> None:
@@ -195,7 +143,7 @@ class MlxModel:
         for sequence, candidate in zip(sequences, candidates, strict=True):
             buffer, handle = sequence.writable(), candidate.handle
             if (
-                not isinstance(handle, _Handle)
+                not isinstance(handle, Handle)
                 or handle.sequence is not sequence
                 or handle.version != sequence.version
             ):
@@ -268,7 +216,7 @@ class MlxModel:
         width = max(map(len, inputs))
         tokens = mx.array([row + [0] * (width - len(row)) for row in inputs])
         positions = [row.start for row in rows for _ in range(row.num_slots)]
-        hidden = self._forward.run(rows, tokens, _offset(positions))
+        hidden = self._forward.run(rows, tokens, offset(positions))
         predicting = mx.concatenate([hidden[i, : len(row)] for i, row in enumerate(inputs)])
         wanted = [token_id for found in continuations for ids in found for token_id in ids]
         all_logprobs, all_entropies, greedy = self._describe(predicting, wanted, rows)
@@ -287,7 +235,7 @@ class MlxModel:
                         token_entropies=all_entropies[start:stop],
                         num_greedy=count_leading(greedy[start:stop], token_ids),
                         blocks=attention_blocks(row.captures[slot]) if row.captures else None,
-                        handle=_Handle(sequence, sequence.version, row.start, columns),
+                        handle=Handle(sequence, sequence.version, row.start, columns),
                     )
                 )
         return observations
@@ -304,7 +252,7 @@ class MlxModel:
         check_sequences(sequences)
         inputs = []
         for sequence, candidate in zip(sequences, candidates, strict=True):
-            if not isinstance(candidate.handle, _Handle) or candidate.handle.distributions is None:
+            if not isinstance(candidate.handle, Handle) or candidate.handle.distributions is None:
                 raise ValueError("the candidate was proposed without keep_distributions")
             check_room(sequence, len(candidate.token_ids), self.context_limit)
             inputs.append([sequence.token_ids[-1], *candidate.token_ids])
@@ -312,7 +260,7 @@ class MlxModel:
         acceptances = []
         stop = 0
         for index, (sequence, candidate) in enumerate(zip(sequences, candidates, strict=True)):
-            assert isinstance(candidate.handle, _Handle)
+            assert isinstance(candidate.handle, Handle)
             drafted = candidate.handle.distributions
             assert drafted is not None
             start, stop = stop, stop + len(inputs[index])
@@ -362,25 +310,6 @@ class MlxModel:
             return known[0]
         return Next(*(mx.concatenate(part) for part in zip(*known, strict=True)))
 
-    def _decode(
-        self,
-        branches: list[Branches],
-        drafts: list[Draft],
-        alive: list[int],
-        token_ids: mx.array,
-    ) -> Next:
-        """Forward the newest token of every unfinished candidate."""
-        rows, positions = [], []
-        for row, branch in enumerate(branches):
-            mine = [index for index in alive if drafts[index].row == row]
-            if mine:
-                own = [drafts[index] for index in mine]
-                position = len(branch.sequence.token_ids) + len(own[0].token_ids)
-                positions += [position] * len(mine)
-                rows.append(branch.row(own, [index % branch.num_candidates for index in mine]))
-        hidden = self._forward.run(rows, token_ids[:, None], _offset(positions))[:, 0]
-        return Next(hidden, self._forward.logits(hidden))
-
     def _read(
         self,
         sequences: Sequence[MlxSequence],
@@ -398,45 +327,7 @@ class MlxModel:
         width = max(map(len, inputs))
         tokens = mx.array([row + [0] * (width - len(row)) for row in inputs])
         positions = [sequence.num_cached for sequence in sequences]
-        hidden = self._forward.run(rows, tokens, _offset(positions))
+        hidden = self._forward.run(rows, tokens, offset(positions))
         if len(rows) == 1:
             return rows, hidden[0]
         return rows, mx.concatenate([hidden[i, : len(row)] for i, row in enumerate(inputs)])
-
-    def _candidates(
-        self,
-        sequences: Sequence[MlxSequence],
-        drafts: list[Draft],
-        trail: Trail,
-        ahead: dict[int, Next],
-    ) -> list[Candidate]:
-        sums = trail.hidden_sums()
-        logprobs, entropies = trail.described()
-        handles = []
-        for index, draft in enumerate(drafts):
-            sequence = sequences[draft.row]
-            kept = trail.kept.get(index)
-            handles.append(
-                _Handle(
-                    sequence=sequence,
-                    version=sequence.version,
-                    start=len(sequence.token_ids),
-                    columns=draft.columns,
-                    ahead=ahead.get(index),
-                    distributions=None if kept is None else mx.stack(kept),
-                )
-            )
-        return finish_candidates(
-            self.name,
-            self._tokenizer,
-            drafts,
-            trail.owners(),
-            logprobs,
-            entropies,
-            sums,
-            handles,
-        )
-
-
-def _offset(positions: list[int]) -> int | mx.array:
-    return positions[0] if len(set(positions)) == 1 else mx.array(positions)

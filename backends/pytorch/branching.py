@@ -4,7 +4,7 @@ A branch is forwarded once, whatever the number of its candidates; it parts wher
 different tokens. Knows nothing of torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,33 +15,36 @@ from specguard.core.model import BoolArray
 
 @dataclass(slots=True)
 class Branch:
-    """Its row and place among the row's queries, its newest token, its columns and candidates."""
+    """A token that is to be forwarded, its position, and the candidates that it is of.
+
+    ``row`` and ``slot`` are its place in the pass; ``columns`` hold the step's tokens before it,
+    the sequence's pending token first.
+    """
 
     row: int
     slot: int
     token_id: int
+    position: int
     columns: list[int]
     members: list[int]
 
 
 class Branches:
-    """All unfinished candidates of a batch of sequences.
+    """All unfinished candidates of several rows.
 
     Every pass gives each row as many columns as the row with the most branches has queries;
-    ``paths`` [branches, columns since the pending tokens] are those that a branch may look at.
+    ``seen`` [branches, columns] are those before the pass that a branch may look at.
     """
 
-    def __init__(self, drafts: Sequence[Draft], num_rows: int, first_column: int) -> None:
-        self._drafts = drafts
-        self._first_column = first_column
-        members: list[list[int]] = [[] for _ in range(num_rows)]
-        for index, draft in enumerate(drafts):
-            members[draft.row].append(index)
-        self.branches = [
-            Branch(row, 0, -1, [first_column], found) for row, found in enumerate(members)
-        ]
-        self._num_rows = num_rows
-        self.paths: BoolArray = np.ones((num_rows, 1), dtype=np.bool_)
+    def __init__(self) -> None:
+        self.branches: list[Branch] = []
+        self.seen: BoolArray = np.zeros((0, 0), dtype=np.bool_)
+
+    def add(self, row: int, token_id: int, num_held: int, members: list[int]) -> None:
+        """A sequence joins: its pending token, behind the row's first ``num_held`` columns."""
+        self.branches.append(Branch(row, 0, token_id, num_held, [], members))
+        own = np.arange(max(num_held, self.seen.shape[1])) < num_held
+        self.seen = np.concatenate([_widened(self.seen, len(own)), own[None]])
 
     @property
     def alive(self) -> list[int]:
@@ -53,66 +56,91 @@ class Branches:
         """The branch of each candidate in ``alive``."""
         return [number for number, branch in enumerate(self.branches) for _ in branch.members]
 
-    def take(self, token_ids: Sequence[int]) -> None:
-        """Give each candidate in ``alive`` its token; the branches of those that go on follow."""
+    def take(self, drafts: Mapping[int, Draft], token_ids: Sequence[int]) -> None:
+        """Give each candidate in ``alive`` its token; the branches of those that go on follow.
+
+        The branches have been forwarded, into columns behind all others.
+        """
         grown: dict[tuple[int, int], Branch] = {}
         parents: list[int] = []
         tokens = iter(token_ids)
-        num_queries = [0] * self._num_rows
-        first_new = self._first_column + self.paths.shape[1]
+        num_queries: dict[int, int] = {}
+        first_new = self.seen.shape[1]
         for number, branch in enumerate(self.branches):
-            row = branch.row
+            row, columns = branch.row, [*branch.columns, first_new + branch.slot]
             for index in branch.members:
                 token_id = next(tokens)
-                if not self._drafts[index].take(token_id):
-                    self._drafts[index].columns = branch.columns
+                if not drafts[index].take(token_id):
+                    drafts[index].columns = columns
                 elif (number, token_id) in grown:
                     grown[number, token_id].members.append(index)
                 else:
-                    slot = num_queries[row]
-                    num_queries[row] += 1
-                    columns = [*branch.columns, first_new + slot]
-                    grown[number, token_id] = Branch(row, slot, token_id, columns, [index])
+                    slot = num_queries.get(row, 0)
+                    num_queries[row] = slot + 1
+                    grown[number, token_id] = Branch(
+                        row, slot, token_id, branch.position + 1, columns, [index]
+                    )
                     parents.append(number)
+        own = np.zeros((len(parents), self.width), dtype=np.bool_)
+        own[np.arange(len(parents)), [self.branches[parent].slot for parent in parents]] = True
+        self.seen = np.concatenate([self.seen[parents], own], axis=1)
         self.branches = list(grown.values())
-        own = np.zeros((len(parents), max(num_queries)), dtype=np.bool_)
-        own[np.arange(len(parents)), [branch.slot for branch in self.branches]] = True
-        self.paths = np.concatenate([self.paths[parents], own], axis=1)
 
     @property
-    def rows(self) -> list[int]:
-        """Rows that still have a branch."""
-        return sorted({branch.row for branch in self.branches})
+    def width(self) -> int:
+        """Queries of the row that has the most."""
+        return max((branch.slot for branch in self.branches), default=-1) + 1
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Other rows are gone; these follow one another."""
-        places = {row: place for place, row in enumerate(rows)}
-        for branch in self.branches:
-            branch.row = places[branch.row]
-        self._num_rows = len(rows)
-
-    def queries(self, lengths: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
-        """Newest tokens and their positions, row by row; ``lengths`` of the sequences."""
-        tokens: list[list[int]] = [[] for _ in lengths]
-        positions: list[list[int]] = [[] for _ in lengths]
+    def queries(self, num_rows: int) -> tuple[list[list[int]], list[list[int]]]:
+        """Tokens and their positions, row by row; a row that has none gets a filler."""
+        tokens: list[list[int]] = [[] for _ in range(num_rows)]
+        positions: list[list[int]] = [[] for _ in range(num_rows)]
         for branch in self.branches:
             tokens[branch.row].append(branch.token_id)
-            positions[branch.row].append(lengths[branch.row] + len(branch.columns) - 2)
-        return tokens, positions
+            positions[branch.row].append(branch.position)
+        return [row or [0] for row in tokens], [row or [0] for row in positions]
 
-    def visible(self) -> BoolArray:
-        """What each query may look at among the columns since the pending tokens, [B, q, columns].
+    def visible(self, num_rows: int) -> BoolArray:
+        """What each query may look at, its own columns included, [rows, width, columns].
 
-        Queries that fill up a row see its pending token.
+        Queries that fill up a row see themselves: nobody sees them.
         """
-        width = max(branch.slot for branch in self.branches) + 1
-        seen = np.zeros((self._num_rows, width, self.paths.shape[1]), dtype=np.bool_)
-        seen[:, :, 0] = True
+        width, num_columns = self.width, self.seen.shape[1]
+        found = np.zeros((num_rows, width, num_columns + width), dtype=np.bool_)
+        found[:, :, num_columns:] = np.eye(width, dtype=np.bool_)
         rows = [branch.row for branch in self.branches]
-        seen[rows, [branch.slot for branch in self.branches]] = self.paths
-        return seen
+        found[rows, [branch.slot for branch in self.branches], :num_columns] = self.seen
+        return found
 
     def places(self) -> list[int]:
         """The place of each branch among all queries of the pass, row after row."""
-        width = max(branch.slot for branch in self.branches) + 1
+        width = self.width
         return [branch.row * width + branch.slot for branch in self.branches]
+
+    def held(self, row: int) -> list[int]:
+        """Columns that a branch of the row still looks at."""
+        own = [number for number, branch in enumerate(self.branches) if branch.row == row]
+        return [int(column) for column in np.flatnonzero(self.seen[own].any(0))]
+
+    def move(self, rows: Mapping[int, tuple[int, Sequence[int]]]) -> None:
+        """Rows change place, and their columns follow one another from the left.
+
+        Args:
+            rows: for each row that stays its new place and its columns, ascending.
+        """
+        num_columns = max(len(columns) for _, columns in rows.values())
+        seen = np.zeros((len(self.branches), num_columns), dtype=np.bool_)
+        for number, branch in enumerate(self.branches):
+            branch.row, columns = rows[branch.row]
+            seen[number, : len(columns)] = self.seen[number, columns]
+            branch.columns = moved(branch.columns, columns)
+        self.seen = seen
+
+
+def moved(columns: Sequence[int], kept: Sequence[int]) -> list[int]:
+    """Where columns lie once the ``kept`` ones, ascending, follow one another from the left."""
+    return [int(place) for place in np.searchsorted(kept, columns)]
+
+
+def _widened(seen: BoolArray, num_columns: int) -> BoolArray:
+    return np.pad(seen, ((0, 0), (0, num_columns - seen.shape[1])))

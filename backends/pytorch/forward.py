@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specguard.backends.pytorch.attention import ATTENTION_NAME, AttentionPass, RowCapture
-from specguard.backends.pytorch.kv import KVBuffer, PassCache, stack_rows
+from specguard.backends.pytorch.kv import KVBuffer, Part, PassCache, stack
 from specguard.backends.pytorch.lean import LeanLayers, lean_layers
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.model import AttentionBlock, BoolArray, Capture, FloatArray
@@ -28,8 +28,8 @@ _LEAN_TOLERANCE = 1e-5  # of logits, relative to the largest
 class Layout:
     """The columns of one or more passes in a buffer.
 
-    ``is_held`` [B, columns at the beginning] tells the sequences' columns from padding;
-    ``positions`` [B, columns]. Every pass appends its columns.
+    ``is_held`` [B, columns at the beginning] are those that every query sees: the sequences'
+    columns and no padding; ``positions`` [B, columns]. Every pass appends its columns.
     """
 
     buffer: KVBuffer
@@ -40,11 +40,6 @@ class Layout:
     def num_columns(self) -> int:
         """Columns so far."""
         return self.positions.shape[1]
-
-    def rows(self, rows: Tensor) -> "Layout":
-        """The layout of some rows, with a buffer of their own."""
-        buffer = self.buffer.rows(rows, self.num_columns)
-        return Layout(buffer, self.is_held[rows], self.positions[rows])
 
     def visible(self, inside: Tensor) -> Tensor:
         """The mask [B, 1, q, columns] of queries that see all held columns and ``inside``."""
@@ -122,9 +117,31 @@ class Forward:
 
     def layout(self, buffers: list[KVBuffer], lengths: list[int]) -> Layout:
         """Rows for a pass: a single buffer as it is, several stacked."""
-        buffer = buffers[0] if len(buffers) == 1 else stack_rows(buffers, lengths)
+        buffer = buffers[0]
+        if len(buffers) > 1:
+            buffer = stack(
+                [Part(one, 0, length) for one, length in zip(buffers, lengths, strict=True)]
+            )
         columns = torch.arange(max(lengths), device=self.device).repeat(len(lengths), 1)
         return Layout(buffer, columns < self.tensor(lengths).unsqueeze(1), columns)
+
+    def rows(self, parts: Sequence[Part], positions: Sequence[Tensor] = ()) -> Layout:
+        """Rows for passes whose queries are told of every column what they see.
+
+        A single part must be the beginning of its buffer, which is taken as it is.
+
+        Args:
+            parts: what the rows hold.
+            positions: of the first parts' columns; those of the others are their own.
+        """
+        width = max(part.num_columns for part in parts)
+        is_held = torch.empty(len(parts), 0, dtype=torch.bool, device=self.device)
+        columns = torch.arange(width, device=self.device).repeat(len(parts), 1)
+        for row, own in zip(columns, positions, strict=False):
+            row[: len(own)] = own
+        return Layout(
+            parts[0].buffer if len(parts) == 1 and not positions else stack(parts), is_held, columns
+        )
 
     def prefill(self, buffer: KVBuffer, token_ids: Sequence[int], num_cached: int = 0) -> None:
         """Fill a buffer with a prompt's columns from one on; no logits are computed."""
@@ -155,8 +172,8 @@ class Forward:
             layout: what the rows hold so far.
             tokens: token ids, [B][<= q]; shorter rows are padded.
             positions: their positions in the sequence.
-            inside: which of the columns that are not the sequences' own each query may look at,
-                [B, q, columns of earlier passes and of this one]; None: causally.
+            inside: which of the columns behind ``layout.is_held`` each query may look at, [B, q,
+                columns of earlier passes and of this one]; None: those of this pass, causally.
             readings: what to read of the attention, nothing by default.
         """
         first_column = layout.num_columns

@@ -1,9 +1,14 @@
 """Keys and values: a growing buffer per sequence, and the cache that a model writes it through."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 from transformers import Cache
+
+from specguard.backends.sequence import BufferedSequence
 
 _FIRST_CAPACITY = 256
 
@@ -47,14 +52,6 @@ class KVBuffer:
                     value[row : row + 1].index_select(2, columns),
                 )
 
-    def rows(self, rows: Tensor, length: int) -> "KVBuffer":
-        """A buffer with the first ``length`` columns of some rows."""
-        chosen = KVBuffer(len(self.keys))
-        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            if key is not None and value is not None:
-                chosen.write(layer, 0, key[rows, :, :length], value[rows, :, :length])
-        return chosen
-
     def share(self) -> Self:
         """The same buffer for one more sequence."""
         self.num_users += 1
@@ -87,24 +84,56 @@ def _with_room(held: Tensor | None, new: Tensor, start: int, stop: int) -> Tenso
     return grown
 
 
-def stack_rows(buffers: list[KVBuffer], lengths: list[int]) -> KVBuffer:
-    """One buffer of several rows, each filled from the left and padded with zeros."""
-    stacked = KVBuffer(len(buffers[0].keys))
-    width = max(lengths)
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Columns of one row of a buffer: so many from the left, or the given ones."""
+
+    buffer: KVBuffer
+    row: int
+    columns: int | Tensor
+
+    @property
+    def num_columns(self) -> int:
+        """How many there are."""
+        return self.columns if isinstance(self.columns, int) else len(self.columns)
+
+
+def stack(parts: Sequence[Part]) -> KVBuffer:
+    """One buffer with a row for each part, filled from the left and padded with zeros."""
+    stacked = KVBuffer(len(parts[0].buffer.keys))
+    width = max(part.num_columns for part in parts)
     for layer in range(len(stacked.keys)):
-        for held, targets in ("keys", stacked.keys), ("values", stacked.values):
-            parts = [getattr(buffer, held)[layer] for buffer in buffers]
-            like = next((part for part in parts if part is not None), None)
+        for held in "keys", "values":
+            wholes = [getattr(part.buffer, held)[layer] for part in parts]
+            like = next((whole for whole in wholes if whole is not None), None)
             if like is None or not width:
                 continue
             _, heads, _, dim = like.shape
             rows = like.new_empty(len(parts), heads, max(_FIRST_CAPACITY, 2 * width), dim)
-            for i, (part, length) in enumerate(zip(parts, lengths, strict=True)):
-                if length:
-                    rows[i, :, :length] = part[0, :, :length]
-                rows[i, :, length:width] = 0
-            targets[layer] = rows
+            for row, part, whole in zip(rows, parts, wholes, strict=True):
+                length = part.num_columns
+                row[:, length:width] = 0
+                if isinstance(part.columns, int):
+                    row[:, :length] = whole[part.row, :, :length] if length else 0
+                else:
+                    torch.index_select(whole[part.row], 1, part.columns, out=row[:, :length])
+            getattr(stacked, held)[layer] = rows
     return stacked
+
+
+TorchSequence = BufferedSequence[KVBuffer]
+
+
+@dataclass(slots=True)
+class Handle:
+    """Where a candidate's KV lies, and its warped distributions [n, V] if they were kept."""
+
+    sequence: TorchSequence
+    version: int
+    buffer: KVBuffer
+    row: int
+    columns: list[int]
+    distributions: Tensor | None = None
 
 
 class PassCache(Cache):  # type: ignore[misc]

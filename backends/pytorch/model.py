@@ -1,29 +1,26 @@
 """The seam's verbs over a transformers causal language model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from specguard.backends.pytorch.branching import Branches
+from specguard.backends.pytorch.drafting import TorchDrafting
 from specguard.backends.pytorch.forward import Forward, Layout, PassOutput, Reading
-from specguard.backends.pytorch.kv import KVBuffer
-from specguard.backends.pytorch.sampling import accept_tokens, describe, draw, warp
+from specguard.backends.pytorch.kv import Handle, KVBuffer, TorchSequence
+from specguard.backends.pytorch.sampling import accept_tokens, describe, warp
 from specguard.backends.pytorch.scoring import Tree
 from specguard.backends.sequence import BufferedSequence
 from specguard.backends.verbs import (
-    Draft,
     check_alternatives,
     check_continuations,
     check_length,
     check_prompt,
     check_room,
     check_sequences,
-    check_uniforms,
     count_leading,
-    finish_candidates,
+    propose_by,
 )
 from specguard.core.model import (
     Acceptance,
@@ -36,36 +33,7 @@ from specguard.core.model import (
     Sampling,
     Tokenizer,
 )
-from specguard.core.text import PieceTable, StepScanner
-
-TorchSequence = BufferedSequence[KVBuffer]
-
-
-@dataclass(slots=True)
-class _Handle:
-    """Where a candidate's KV lies, and its warped distributions [n, V] if they were kept."""
-
-    sequence: TorchSequence
-    version: int
-    buffer: KVBuffer
-    row: int
-    columns: list[int]
-    distributions: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Drawn:
-    """One token of each candidate in ``alive`` [N]: what the passes said of it.
-
-    ``owners`` [N] are rows of ``hidden`` [A, H] and ``probs`` [A, V], one for each branch.
-    """
-
-    alive: list[int]
-    owners: Tensor
-    logprobs: Tensor
-    entropies: Tensor
-    hidden: Tensor
-    probs: Tensor | None
+from specguard.core.text import PieceTable
 
 
 class TorchModel:
@@ -132,57 +100,23 @@ class TorchModel:
         keep_distributions: bool = False,
     ) -> list[list[Candidate]]:
         """Sample steps, all sequences and candidates side by side; each stops at its boundary."""
-        check_uniforms(uniforms, len(sequences), num_candidates, boundaries)
-        layout = self._open(sequences)
-        for sequence, boundary in zip(sequences, boundaries, strict=True):
-            check_room(sequence, boundary.max_tokens, self.context_limit)
-            sequence.version += 1  # the columns behind the sequence are about to be written
-        drafts = [
-            Draft(row, StepScanner(self._pieces, boundary), [])
-            for row, boundary in enumerate(boundaries)
-            for _ in range(num_candidates)
-        ]
-        draws = uniforms.reshape(len(drafts), -1)
-        branches = Branches(drafts, len(sequences), layout.num_columns)
-        output = self._forward.run(
-            layout,
-            [[sequence.token_ids[-1]] for sequence in sequences],
-            [[sequence.num_cached] for sequence in sequences],
+        drafting = self.drafting(num_candidates, sampling, keep_distributions)
+        return propose_by(drafting, sequences, num_candidates, boundaries, uniforms)
+
+    def drafting(
+        self, num_candidates: int, sampling: Sampling, keep_distributions: bool = False
+    ) -> TorchDrafting:
+        """What ``propose`` does, for sequences that come and go."""
+        return TorchDrafting(
+            self._name,
+            self._forward,
+            self._tokenizer,
+            self._pieces,
+            self._context_limit,
+            num_candidates,
+            sampling,
+            keep_distributions,
         )
-        order = list(range(len(sequences)))  # the sequence of each row
-        homes: dict[int, tuple[KVBuffer, int]] = {}
-        trail: list[_Drawn] = []
-        needs_probs = keep_distributions or not sampling.is_greedy
-        while True:
-            found = self._forward.tensor(branches.places())
-            hidden, logits = output.hidden.flatten(0, 1)[found], output.logits.flatten(0, 1)[found]
-            alive, owners = branches.alive, self._forward.tensor(branches.owners)
-            probs = warp(logits, sampling) if needs_probs else None
-            if probs is None or sampling.is_greedy:
-                ids = logits.argmax(-1)[owners]
-            else:
-                wanted = self._forward.tensor(draws[alive, len(trail)])
-                ids = draw(probs[owners], wanted)
-            logprobs, entropies = describe(logits, ids, owners)
-            kept = probs if keep_distributions else None
-            trail.append(_Drawn(alive, owners, logprobs, entropies, hidden, kept))
-            branches.take(ids.tolist())
-            if not branches.branches:
-                break
-            rows = branches.rows
-            if 2 * len(rows) <= len(order):  # rows that are done cost as much as others
-                homes |= {row: (layout.buffer, place) for place, row in enumerate(order)}
-                layout = layout.rows(self._forward.tensor(rows))
-                branches.keep(rows)
-                order = [order[row] for row in rows]
-            lengths = [len(sequences[row].token_ids) for row in order]
-            output = self._forward.run(layout, *branches.queries(lengths), branches.visible())
-        homes |= {row: (layout.buffer, place) for place, row in enumerate(order)}
-        candidates = self._candidates(sequences, homes, drafts, trail)
-        return [
-            candidates[row * num_candidates : (row + 1) * num_candidates]
-            for row in range(len(sequences))
-        ]
 
     @torch.inference_mode()
     def commit(self, sequences: Sequence[TorchSequence], candidates: Sequence[Candidate]) -> None:
@@ -190,7 +124,7 @@ class TorchModel:
         for sequence, candidate in zip(sequences, candidates, strict=True):
             handle = candidate.handle
             if (
-                not isinstance(handle, _Handle)
+                not isinstance(handle, Handle)
                 or handle.sequence is not sequence
                 or handle.version != sequence.version
             ):
@@ -292,7 +226,7 @@ class TorchModel:
                         token_entropies=_numpy(entropies),
                         num_greedy=count_leading(logits.argmax(-1).cpu().numpy(), token_ids),
                         blocks=None if captures[row] is None else next(blocks),
-                        handle=_Handle(sequence, sequence.version, layout.buffer, row, columns),
+                        handle=Handle(sequence, sequence.version, layout.buffer, row, columns),
                     )
                 )
         return observations
@@ -308,7 +242,7 @@ class TorchModel:
         """Judge drafted tokens in one pass; keep the longest accepted run and what follows it."""
         inputs = []
         for sequence, candidate in zip(sequences, candidates, strict=True):
-            if not isinstance(candidate.handle, _Handle) or candidate.handle.distributions is None:
+            if not isinstance(candidate.handle, Handle) or candidate.handle.distributions is None:
                 raise ValueError("the candidate was proposed without keep_distributions")
             check_room(sequence, len(candidate.token_ids), self.context_limit)
             inputs.append([sequence.token_ids[-1], *candidate.token_ids])
@@ -316,7 +250,7 @@ class TorchModel:
         first_column = layout.num_columns - output.logits.shape[1]
         acceptances = []
         for row, (sequence, candidate) in enumerate(zip(sequences, candidates, strict=True)):
-            assert isinstance(candidate.handle, _Handle)
+            assert isinstance(candidate.handle, Handle)
             drafted = candidate.handle.distributions
             assert drafted is not None
             n = len(candidate.token_ids)
@@ -346,45 +280,6 @@ class TorchModel:
         return self._forward.layout(
             [sequence.readable() for sequence in sequences],
             [sequence.num_cached for sequence in sequences],
-        )
-
-    def _candidates(
-        self,
-        sequences: Sequence[TorchSequence],
-        homes: dict[int, tuple[KVBuffer, int]],
-        drafts: list[Draft],
-        trail: list[_Drawn],
-    ) -> list[Candidate]:
-        # One transfer per quantity for the whole step, not one per token.
-        owners = np.concatenate([drawn.alive for drawn in trail])
-        hidden = torch.cat([drawn.hidden[drawn.owners] for drawn in trail]).float()
-        sums = hidden.new_zeros(len(drafts), hidden.shape[1])
-        sums.index_add_(0, self._forward.tensor(owners), hidden)
-        kept: list[list[Tensor]] = [[] for _ in drafts]
-        for drawn in trail:
-            if drawn.probs is not None:
-                for index, row in zip(drawn.alive, drawn.owners.tolist(), strict=True):
-                    kept[index].append(drawn.probs[row])
-        handles = [
-            _Handle(
-                sequence=sequences[draft.row],
-                version=sequences[draft.row].version,
-                buffer=homes[draft.row][0],
-                row=homes[draft.row][1],
-                columns=draft.columns,
-                distributions=torch.stack(rows) if rows else None,
-            )
-            for draft, rows in zip(drafts, kept, strict=True)
-        ]
-        return finish_candidates(
-            self.name,
-            self._tokenizer,
-            drafts,
-            owners,
-            _numpy(torch.cat([drawn.logprobs for drawn in trail])),
-            _numpy(torch.cat([drawn.entropies for drawn in trail])),
-            _numpy(sums),
-            handles,
         )
 
     def _read(

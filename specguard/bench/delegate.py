@@ -4,11 +4,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from specguard.core.drafting import WholeDrafting
 from specguard.core.model import (
     Acceptance,
     Boundary,
     Candidate,
     Capture,
+    Drafting,
     FloatArray,
     LanguageModel,
     Observation,
@@ -81,6 +83,12 @@ class Delegate:
             uniforms,
             keep_distributions,
         )
+
+    def drafting(
+        self, num_candidates: int, sampling: Sampling, keep_distributions: bool = False
+    ) -> Drafting[Any]:
+        """Sample steps by ``propose``."""
+        return WholeDrafting(self, num_candidates, sampling, keep_distributions)
 
     def commit(self, sequences: Sequence[TokenSequence], candidates: Sequence[Candidate]) -> None:
         """Keep candidates."""

@@ -201,6 +201,19 @@ class Tokenizer(Protocol):
 S = TypeVar("S", bound=TokenSequence)
 
 
+class Drafting(Protocol[S]):
+    """`LanguageModel.propose` for sequences that come and go: who is done makes room for others."""
+
+    def add(self, sequence: S, boundary: Boundary, uniforms: FloatArray) -> None:
+        """A sequence joins; ``uniforms`` [num_candidates, boundary.max_tokens].
+
+        Until its candidates are there, nothing else may be done with it.
+        """
+
+    def run(self, num_wanted: int) -> list[tuple[S, list[Candidate]]]:
+        """Draw on until at least so many sequences more, or all, have their candidates."""
+
+
 class LanguageModel(Protocol[S]):
     """A model as the step loop sees it.
 
@@ -250,6 +263,11 @@ class LanguageModel(Protocol[S]):
         the boundaries] in [0, 1): token t of a candidate is
         the inverse CDF, in order of token ids, of its uniform t.
         """
+
+    def drafting(
+        self, num_candidates: int, sampling: Sampling, keep_distributions: bool = False
+    ) -> Drafting[S]:
+        """The same, begun without a sequence. `WholeDrafting` is one that calls `propose`."""
 
     def commit(self, sequences: Sequence[S], candidates: Sequence[Candidate]) -> None:
         """Append a candidate that this model proposed or scored; its KV is not computed again."""

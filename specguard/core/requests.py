@@ -6,17 +6,18 @@ differ in their sequences only. Who performs them decides how many go together.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
-
+from specguard.core.drafting import side_by_side
 from specguard.core.model import (
     Acceptance,
     Boundary,
     Candidate,
     Capture,
+    Drafting,
     FloatArray,
     LanguageModel,
     Observation,
@@ -30,15 +31,10 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Request(ABC):
-    """``seconds`` is its share of the call that it went with, there once it is performed."""
+    """``seconds`` is its share of the calls that it went with, there once it is performed."""
 
     model: LanguageModel[Any]
     seconds: float = field(default=0.0, init=False)
-
-    @property
-    def is_decoding(self) -> bool:
-        """Whether it takes a pass for every token, and so is worth waiting for others."""
-        return False
 
     @property
     def kind(self) -> Hashable:
@@ -79,11 +75,6 @@ class Propose(Request):
     keep_distributions: bool = False
 
     @property
-    def is_decoding(self) -> bool:
-        """It does."""
-        return True
-
-    @property
     def kind(self) -> Hashable:
         """Candidates are counted and drawn alike."""
         return (
@@ -94,6 +85,10 @@ class Propose(Request):
             self.keep_distributions,
         )
 
+    def drafting(self) -> Drafting[Any]:
+        """Where requests of this kind may join while others are under way."""
+        return self.model.drafting(self.num_candidates, self.sampling, self.keep_distributions)
+
     @staticmethod
     def perform(requests: Sequence["Propose"]) -> list[list[Candidate]]:
         """All sequences side by side."""
@@ -103,7 +98,7 @@ class Propose(Request):
             first.num_candidates,
             first.sampling,
             [request.boundary for request in requests],
-            _stacked([request.uniforms for request in requests]),
+            side_by_side([request.uniforms for request in requests]),
             first.keep_distributions,
         )
 
@@ -165,17 +160,8 @@ class Accept(Request):
             [request.sequence for request in requests],
             [request.candidate for request in requests],
             requests[0].sampling,
-            _stacked([request.uniforms for request in requests]),
+            side_by_side([request.uniforms for request in requests]),
         )
-
-
-def _stacked(parts: Sequence[FloatArray]) -> FloatArray:
-    """The arrays [..., n] side by side, the shorter ones filled up with zeros."""
-    width = max(part.shape[-1] for part in parts)
-    grid = np.zeros((len(parts), *parts[0].shape[:-1], width), dtype=parts[0].dtype)
-    for row, part in zip(grid, parts, strict=True):
-        row[..., : part.shape[-1]] = part
-    return grid
 
 
 def done(work: Work[T]) -> T:
@@ -192,9 +178,15 @@ def done(work: Work[T]) -> T:
 
 def perform(requests: Sequence[Request]) -> Sequence[Any]:
     """Perform requests of one kind in one call, and share its time among them."""
+    with shared_time(requests):
+        return requests[0].perform(requests)
+
+
+@contextmanager
+def shared_time(requests: Sequence[Request]) -> Iterator[None]:
+    """What goes on inside takes its time for all of these requests alike."""
     started = time.perf_counter()
-    results = requests[0].perform(requests)
+    yield
     seconds = (time.perf_counter() - started) / len(requests)
     for request in requests:
-        request.seconds = seconds
-    return results
+        request.seconds += seconds

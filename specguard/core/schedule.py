@@ -1,10 +1,12 @@
 """Many problems at once: their requests of one kind go to the model in one call.
 
-What takes a pass for every token, drafting and rewriting, waits until nothing else is wanted, and
-is done for as many problems as possible; whoever finishes makes room for the next one in the queue.
-A solution depends neither on the other problems nor on how many there are.
+Drawing steps, which takes a pass for every token, waits until nothing else is wanted. It goes on
+until some problems have theirs; these are verified and come back to join the others. Problems whose
+step the target has to write wait for one another, and whoever finishes makes room for the next one
+in the queue. A solution depends neither on the other problems nor on how many there are.
 """
 
+import math
 from collections.abc import Generator, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +14,15 @@ from typing import Any
 from specguard.core.config import SolveConfig
 from specguard.core.engine import Engine
 from specguard.core.errors import SpecguardError, UsageError
-from specguard.core.model import LanguageModel, Prompt, TokenSequence
+from specguard.core.model import Candidate, Drafting, LanguageModel, Prompt, TokenSequence
 from specguard.core.records import Solution, StepRecord
-from specguard.core.requests import Request, Start, perform
+from specguard.core.requests import Propose, Request, Start, perform, shared_time
 
 _SHORTEST_PREFIX = 8  # tokens; a shorter beginning costs less to read than to look after
 # Buffers double when they are full, and a batch is laid side by side in one more buffer.
 _BYTES_PER_BYTE = 4
+_SOME = 0.25  # of the problems that are drawn for; so many steps are waited for
+_FEW = 0.25  # of all problems; with no more than these another kind of drawing goes first
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,33 @@ class _Open:
     num_bytes: int
     wants: Request | None = None
 
+    @property
+    def request(self) -> Any:
+        """What it wants, a `Request`."""
+        assert self.wants is not None
+        return self.wants
+
+
+class _Drafting:
+    """A drafting under way and the requests that have joined it."""
+
+    def __init__(self, drafting: Drafting[Any]) -> None:
+        self._drafting = drafting
+        self._joined: dict[int, Propose] = {}
+
+    def run(
+        self, requests: dict[int, Propose], num_wanted: int
+    ) -> list[tuple[TokenSequence, list[Candidate]]]:
+        """Draw on for requests, by the identity of their sequences, new ones among them."""
+        for key, request in requests.items():
+            if key not in self._joined:
+                self._joined[key] = request
+                self._drafting.add(request.sequence, request.boundary, request.uniforms)
+        found = self._drafting.run(num_wanted)
+        for sequence, _ in found:
+            del self._joined[id(sequence)]
+        return found
+
 
 class _Schedule:
     def __init__(
@@ -93,6 +124,8 @@ class _Schedule:
         self._waiting: tuple[int, Task, int] | None = None  # read, and found no room yet
         self._open: list[_Open] = []
         self._prefixes: dict[int, TokenSequence] = {}
+        self._draftings: dict[Hashable, _Drafting] = {}
+        self._drawing: Hashable = None  # the kind that was drawn last
 
     def run(self) -> Iterator[Finished]:
         """Solve everything."""
@@ -101,7 +134,7 @@ class _Schedule:
                 yield from self._admit()
                 if not self._open:
                     return
-                yield from self._perform(self._next_batch())
+                yield from self._go_on()
         finally:
             for problem in self._open:
                 problem.solving.close()
@@ -149,24 +182,22 @@ class _Schedule:
             )
         return needed
 
-    def _next_batch(self) -> list[_Open]:
-        """Problems whose requests go in one call.
-
-        Decoding waits until nothing else is wanted, and is then done for as many as possible.
-        """
+    def _go_on(self) -> Iterator[Finished]:
+        """Perform the requests of as many problems as go together."""
         groups: dict[Hashable, list[_Open]] = {}
         for problem in self._open:
-            assert problem.wants is not None
-            groups.setdefault(problem.wants.kind, []).append(problem)
-
-        def rank(group: list[_Open]) -> tuple[bool, int]:
-            assert group[0].wants is not None
-            return group[0].wants.is_decoding, -len(group)
-
-        return min(groups.values(), key=rank)
+            groups.setdefault(problem.request.kind, []).append(problem)
+        others = [group for group in groups.values() if not isinstance(group[0].request, Propose)]
+        if others:
+            yield from self._perform(max(others, key=len))
+            return
+        # Few rows cost nearly as much as many: those that are left wait until others join them.
+        if len(groups.get(self._drawing, ())) <= _FEW * len(self._open):
+            self._drawing = max(groups, key=lambda kind: len(groups[kind]))
+        yield from self._draw(self._drawing, groups[self._drawing])
 
     def _perform(self, batch: list[_Open]) -> Iterator[Finished]:
-        requests = [problem.wants for problem in batch if problem.wants is not None]
+        requests = [problem.request for problem in batch]
         try:
             for request in requests:
                 if isinstance(request, Start):
@@ -181,6 +212,22 @@ class _Schedule:
             return
         for problem, result in zip(batch, results, strict=True):
             yield from self._advance(problem, result)
+
+    def _draw(self, kind: Hashable, batch: list[_Open]) -> Iterator[Finished]:
+        """Draw steps for these problems until some of them have theirs."""
+        requests = {id(problem.request.sequence): problem.request for problem in batch}
+        try:
+            with shared_time(list(requests.values())):
+                if kind not in self._draftings:
+                    self._draftings[kind] = _Drafting(batch[0].request.drafting())
+                found = self._draftings[kind].run(requests, math.ceil(_SOME * len(batch)))
+        except SpecguardError:
+            self._draftings.pop(kind, None)
+            yield from self._perform(batch)
+            return
+        problems = {id(problem.request.sequence): problem for problem in batch}
+        for sequence, candidates in found:
+            yield from self._advance(problems[id(sequence)], candidates)
 
     def _advance(
         self, problem: _Open, result: Any, error: SpecguardError | None = None

@@ -1,0 +1,244 @@
+"""Drawing candidates token by token, for sequences that come and go.
+
+Each sequence is a row of one buffer and its candidates are branches of that row. Who is done
+leaves, who comes joins the passes under way: the rows are then laid out anew.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specguard.backends.pytorch.branching import Branches, moved
+from specguard.backends.pytorch.forward import Forward, Layout
+from specguard.backends.pytorch.kv import Handle, KVBuffer, Part, TorchSequence
+from specguard.backends.pytorch.sampling import describe, draw, warp
+from specguard.backends.verbs import Draft, OpenDrafts, check_room, finish_candidates
+from specguard.core.model import Boundary, Candidate, FloatArray, Sampling, Tokenizer
+from specguard.core.text import PieceTable
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """A sequence, its candidates by number, and where in which buffer they are."""
+
+    sequence: TorchSequence
+    drafts: dict[int, Draft]
+    first_pass: int
+    buffer: KVBuffer
+    place: int = 0
+
+    @property
+    def num_held(self) -> int:
+        """Columns of the sequence itself."""
+        return self.sequence.num_cached
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all candidates are."""
+        return all(draft.finish is not None for draft in self.drafts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """One token of each candidate in ``alive`` [N]: what the pass said of it.
+
+    ``owners`` [N] are rows of ``hidden`` [A, H] and ``probs`` [A, V], one for each branch.
+    """
+
+    alive: list[int]
+    owners: list[int]
+    logprobs: Tensor
+    entropies: Tensor
+    hidden: Tensor
+    probs: Tensor | None
+
+
+class TorchDrafting:
+    """A `Drafting` on torch."""
+
+    def __init__(
+        self,
+        name: str,
+        forward: Forward,
+        tokenizer: Tokenizer,
+        pieces: PieceTable,
+        context_limit: int,
+        num_candidates: int,
+        sampling: Sampling,
+        keep_distributions: bool,
+    ) -> None:
+        self._name, self._forward, self._tokenizer = name, forward, tokenizer
+        self._context_limit = context_limit
+        self._num_candidates, self._sampling = num_candidates, sampling
+        self._keeps_distributions = keep_distributions
+        self._rows: list[_Row] = []
+        self._joining: list[_Row] = []
+        self._branches = Branches()
+        self._layout: Layout | None = None
+        self._num_rows = 0  # of the layout, those that are done among them
+        self._trail: list[_Drawn] = []
+        self._num_forgotten = 0  # passes before the trail
+        self._open = OpenDrafts(pieces)
+
+    def add(self, sequence: TorchSequence, boundary: Boundary, uniforms: FloatArray) -> None:
+        """A sequence joins."""
+        check_room(sequence, boundary.max_tokens, self._context_limit)
+        drafts = self._open.add(boundary, uniforms)
+        first_pass = self._num_forgotten + len(self._trail)
+        self._joining.append(_Row(sequence, drafts, first_pass, sequence.readable()))
+        sequence.version += 1  # the columns behind the sequence are about to be written
+
+    @torch.inference_mode()
+    def run(self, num_wanted: int) -> list[tuple[TorchSequence, list[Candidate]]]:
+        """Draw on until so many more sequences, or all, have their candidates."""
+        done: list[_Row] = []
+        while (self._rows or self._joining) and len(done) < num_wanted:
+            # Rows that are done cost as much as others.
+            if self._joining or 2 * len(self._rows) <= self._num_rows:
+                self._arrange()
+            self._draw()
+            done += [row for row in self._rows if row.is_done]
+            self._rows = [row for row in self._rows if not row.is_done]
+        return self._finished(done)
+
+    def _arrange(self) -> None:
+        """Lay the rows out anew, with those that join."""
+        joining, self._joining = self._joining, []
+        rows = [*self._rows, *joining]
+        if not self._rows and len(joining) == 1:
+            [row] = joining
+            self._layout = self._forward.rows([Part(row.sequence.writable(), 0, row.num_held)])
+            self._branches = Branches()
+        else:
+            self._layout = self._stacked(joining)
+        for place, row in enumerate(rows):
+            row.buffer, row.place = self._layout.buffer, place
+        for row in joining:
+            pending = row.sequence.token_ids[-1]
+            self._branches.add(row.place, pending, row.num_held, list(row.drafts))
+        self._rows, self._num_rows = rows, len(rows)
+
+    def _stacked(self, joining: Sequence[_Row]) -> Layout:
+        """The rows under way, without the columns that nobody needs, and the joining ones."""
+        parts, positions = [], []
+        moves: dict[int, tuple[int, Sequence[int]]] = {}
+        for place, row in enumerate(self._rows):
+            assert self._layout is not None
+            ends = (draft.columns for draft in row.drafts.values())
+            columns = sorted({*self._branches.held(row.place), *chain.from_iterable(ends)})
+            moves[row.place] = place, columns
+            for draft in row.drafts.values():
+                draft.columns = moved(draft.columns, columns)
+            chosen = self._forward.tensor(columns)
+            parts.append(Part(row.buffer, row.place, chosen))
+            positions.append(self._layout.positions[row.place, chosen])
+        if moves:
+            self._branches.move(moves)
+        else:
+            self._branches = Branches()
+        parts += [Part(row.sequence.readable(), 0, row.num_held) for row in joining]
+        return self._forward.rows(parts, positions)
+
+    def _draw(self) -> None:
+        """One pass over all branches, and a token for each unfinished candidate."""
+        assert self._layout is not None
+        branches, num_rows = self._branches, self._num_rows
+        output = self._forward.run(
+            self._layout, *branches.queries(num_rows), branches.visible(num_rows)
+        )
+        hidden, logits = output.hidden.flatten(0, 1), output.logits.flatten(0, 1)
+        places = branches.places()
+        if len(places) != len(logits):
+            found = self._forward.tensor(places)
+            hidden, logits = hidden[found], logits[found]
+        alive, owners = branches.alive, branches.owners
+        # Where each branch has one candidate they are the same rows.
+        rows = self._forward.tensor(owners) if len(owners) != len(places) else None
+        probs: Tensor | None = None
+        if self._keeps_distributions or not self._sampling.is_greedy:
+            probs = warp(logits, self._sampling)
+        if probs is None or self._sampling.is_greedy:
+            ids = logits.argmax(-1)
+            ids = ids if rows is None else ids[rows]
+        else:
+            wanted = self._forward.tensor(self._open.uniforms(alive))
+            ids = draw(probs if rows is None else probs[rows], wanted)
+        logprobs, entropies = describe(logits, ids, rows)
+        kept = probs if self._keeps_distributions else None
+        self._trail.append(_Drawn(alive, owners, logprobs, entropies, hidden, kept))
+        branches.take(self._open.drafts, ids.tolist())
+
+    def _finished(self, rows: Sequence[_Row]) -> list[tuple[TorchSequence, list[Candidate]]]:
+        """The candidates of rows that are done; one transfer per quantity for all of them."""
+        if not rows:
+            return []
+        drafts = {number: draft for row in rows for number, draft in row.drafts.items()}
+        trail = self._trail[min(row.first_pass for row in rows) - self._num_forgotten :]
+        places = {number: place for place, number in enumerate(drafts)}
+        # Tokens of these candidates among all that were drawn, and the branches they came from.
+        mine, owners, sources = [], [], []
+        num_drawn = num_branches = 0
+        for drawn in trail:
+            for offset, (number, owner) in enumerate(zip(drawn.alive, drawn.owners, strict=True)):
+                if number in places:
+                    mine.append(num_drawn + offset)
+                    owners.append(places[number])
+                    sources.append(num_branches + owner)
+            num_drawn += len(drawn.alive)
+            num_branches += len(drawn.hidden)
+        chosen, owning = self._forward.tensor(mine), self._forward.tensor(owners)
+        hidden = torch.cat([drawn.hidden for drawn in trail])[self._forward.tensor(sources)]
+        sums = hidden.new_zeros(len(drafts), hidden.shape[1], dtype=torch.float32)
+        sums.index_add_(0, owning, hidden.float())
+        handles = [
+            Handle(
+                sequence=row.sequence,
+                version=row.sequence.version,
+                buffer=row.buffer,
+                row=row.place,
+                columns=draft.columns,
+                distributions=self._distributions(trail, number),
+            )
+            for row in rows
+            for number, draft in row.drafts.items()
+        ]
+        candidates = iter(
+            finish_candidates(
+                self._name,
+                self._tokenizer,
+                list(drafts.values()),
+                np.array(owners),
+                _numpy(torch.cat([drawn.logprobs for drawn in trail])[chosen]),
+                _numpy(torch.cat([drawn.entropies for drawn in trail])[chosen]),
+                _numpy(sums),
+                handles,
+            )
+        )
+        self._forget(drafts)
+        return [(row.sequence, list(islice(candidates, self._num_candidates))) for row in rows]
+
+    def _distributions(self, trail: Sequence[_Drawn], number: int) -> Tensor | None:
+        """What a candidate's tokens were drawn from, [n, V], where that is kept."""
+        kept = [
+            drawn.probs[drawn.owners[drawn.alive.index(number)]]
+            for drawn in trail
+            if drawn.probs is not None and number in drawn.alive
+        ]
+        return torch.stack(kept) if kept else None
+
+    def _forget(self, numbers: Iterable[int]) -> None:
+        """Drop what only these candidates needed."""
+        self._open.drop(numbers)
+        known = self._num_forgotten + len(self._trail)
+        first = min((row.first_pass for row in self._rows), default=known)
+        del self._trail[: first - self._num_forgotten]
+        self._num_forgotten = first
+
+
+def _numpy(tensor: Tensor) -> FloatArray:
+    array: FloatArray = tensor.float().cpu().numpy()
+    return array
