@@ -43,14 +43,23 @@ class RowCapture:
 class AttentionPass:
     """One forward pass: who sees what, and what is captured.
 
-    ``mask`` [B, 1, q, columns] is True where a query may look; None means everywhere, or causally
-    from an empty cache.
+    ``mask`` [B, 1, q, columns] is 0 where a query may look and minus infinity elsewhere; None means
+    everywhere, or causally from an empty cache.
     """
 
     mask: Tensor | None = None
     is_causal: bool = False
     captures: list[RowCapture] = field(default_factory=list)
     num_layers_seen: int = 0
+    _repeated: dict[int, Tensor] = field(default_factory=dict)
+
+    def mask_of(self, groups: int) -> Tensor | None:
+        """The mask for the queries of so many heads one after the other."""
+        if self.mask is None or groups == 1:
+            return self.mask
+        if groups not in self._repeated:
+            self._repeated[groups] = self.mask.repeat(1, 1, groups, 1)
+        return self._repeated[groups]
 
 
 def register() -> None:
@@ -93,14 +102,11 @@ def attend(
         )
     else:
         # The heads of a group become further queries of their key head: no copy of the keys.
-        mask = attention_pass.mask
-        if mask is not None and groups > 1:
-            mask = mask.repeat(1, 1, groups, 1)
         output = scaled_dot_product_attention(
             query.reshape(batch, kv_heads, groups * length, dim),
             key,
             value,
-            attn_mask=mask,
+            attn_mask=attention_pass.mask_of(groups),
             scale=scaling,
         ).view(batch, heads, length, value.shape[-1])
     layer = int(module.layer_idx)  # type: ignore[arg-type]

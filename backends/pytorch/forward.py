@@ -150,7 +150,7 @@ class Forward:
         attention = AttentionPass(is_causal=num_cached == 0)
         # Fused attention knows what causal is; a mask over a long prompt would be large.
         if num_cached or not self._has_own_attention:
-            attention.mask = layout.visible(self._causal(1, len(token_ids)))
+            attention.mask = self._mask(layout, self._causal(1, len(token_ids)))
         tokens = self.tensor([token_ids])
         layout.positions = torch.cat([layout.positions, positions], 1)
         if self._lean is not None:
@@ -183,7 +183,7 @@ class Forward:
         sees_all = token_grid.numel() == 1 and (inside is None or bool(inside.all()))
         if not sees_all or not self._has_own_attention:
             seen = self._causal(*token_grid.shape) if inside is None else self.tensor(inside)
-            attention.mask = layout.visible(seen)
+            attention.mask = self._mask(layout, seen)
         attention.captures = [self._row_capture(reading, first_column) for reading in readings]
         if self._lean is not None:
             hidden = self._lean(token_grid, position_grid, layout.buffer, first_column, attention)
@@ -212,7 +212,7 @@ class Forward:
             extra: dict[str, Any] = {"attention_pass": attention}
         else:
             assert attention.mask is not None
-            mask, extra = self._additive_masks(layout, positions, attention.mask), {}
+            mask, extra = self._masks_by_layer(layout, positions, attention.mask), {}
         output = module(
             input_ids=tokens,
             attention_mask=mask,
@@ -229,22 +229,28 @@ class Forward:
             )
         return output
 
-    def _additive_masks(
-        self, layout: Layout, positions: Tensor, visible: Tensor
+    def _mask(self, layout: Layout, seen: Tensor) -> Tensor:
+        """What is added to scores, [B, 1, q, columns]: once for a pass and not in every layer."""
+        visible = layout.visible(seen)
+        hidden = torch.zeros_like(visible, dtype=self.model.dtype)
+        # transformers' own attention is used to the lowest number instead of infinity.
+        is_ours = self._has_own_attention
+        lowest = float("-inf") if is_ours else torch.finfo(self.model.dtype).min
+        return hidden.masked_fill_(~visible, lowest)
+
+    def _masks_by_layer(
+        self, layout: Layout, positions: Tensor, mask: Tensor
     ) -> Tensor | dict[str, Tensor]:
         """Masks for a model's own attention, by layer type where it has several."""
-        masks = {"full_attention": visible}
+        masks = {"full_attention": mask}
         if self._window is not None:
             distance = positions.unsqueeze(2) - layout.positions.unsqueeze(1)
-            masks["sliding_attention"] = visible & (distance < self._window).unsqueeze(1)
-        lowest = torch.finfo(self.model.dtype).min
-        additive = {
-            kind: torch.zeros_like(mask, dtype=self.model.dtype).masked_fill_(~mask, lowest)
-            for kind, mask in masks.items()
-        }
+            is_far = (distance >= self._window).unsqueeze(1)
+            lowest = torch.finfo(self.model.dtype).min
+            masks["sliding_attention"] = mask.masked_fill(is_far, lowest)
         if self._layer_types:
-            return {kind: additive[kind] for kind in self._layer_types}
-        return additive.get("sliding_attention", additive["full_attention"])
+            return {kind: masks[kind] for kind in self._layer_types}
+        return masks.get("sliding_attention", mask)
 
     def _row_capture(self, reading: Reading, first_column: int) -> RowCapture:
         capture = reading.capture

@@ -25,7 +25,10 @@ _FIRST_POSITIONS = 512
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One layer's weights, those with the same input in one; it stands for the module, too."""
+    """One layer's weights, those with the same input in one; it stands for the module, too.
+
+    Matrices are [inputs, outputs].
+    """
 
     layer_idx: int
     input_norm: Tensor
@@ -55,7 +58,7 @@ class LeanLayers:
         self._floor = torch.tensor((width * float(config.rms_norm_eps)) ** 0.5)
         self._norm = self._base.norm.weight.data * width**0.5
         self._layers = [_fuse(index, layer) for index, layer in enumerate(self._base.layers)]
-        self._cos = self._sin = torch.empty(0)
+        self._turns = torch.empty(0)  # [positions, 2, 1, head_dim], grows with the positions
 
     def __call__(
         self,
@@ -67,12 +70,13 @@ class LeanLayers:
     ) -> Tensor:
         """Final hidden states [B, q, H] of tokens [B, q]; their columns go to the buffer."""
         batch, length = tokens.shape
-        cos, sin = self._rotation(positions)
+        # No position lies behind its column.
+        cos, sin = self._rotation(positions, start + length)
         num_rotated = self._num_heads + self._num_kv_heads
-        states = functional.embedding(tokens, self._base.embed_tokens.weight)
+        # Rows of a matrix from here on: products of more dimensions are slower to set up.
+        states = functional.embedding(tokens.flatten(), self._base.embed_tokens.weight)
         for layer in self._layers:
-            inputs = self._normed(states, layer.input_norm)
-            heads = functional.linear(inputs, layer.qkv, layer.qkv_bias)
+            heads = _product(self._normed(states, layer.input_norm), layer.qkv, layer.qkv_bias)
             heads = heads.view(batch, length, -1, self._head_dim)
             rotated = _rotate(heads[:, :, :num_rotated], cos, sin).transpose(1, 2)
             key, value = buffer.write(
@@ -90,29 +94,31 @@ class LeanLayers:
                 scaling=self._head_dim**-0.5,
                 attention_pass=attention,
             )
-            output = output.view(batch, length, -1)
-            states = states + functional.linear(output, layer.out, layer.out_bias)
+            states = torch.addmm(states, output.view(batch * length, -1), layer.out)
+            if layer.out_bias is not None:
+                states += layer.out_bias
             inputs = self._normed(states, layer.post_norm)
-            gate, up = functional.linear(inputs, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
-            states = states + functional.linear(
-                functional.silu(gate) * up, layer.down, layer.down_bias
-            )
-        return self._normed(states, self._norm)
+            gate, up = _product(inputs, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
+            states = torch.addmm(states, functional.silu(gate).mul_(up), layer.down)
+            if layer.down_bias is not None:
+                states += layer.down_bias
+        return self._normed(states, self._norm).view(batch, length, -1)
 
     def _normed(self, states: Tensor, gain: Tensor) -> Tensor:
         """RMS norm; ``gain`` is times the root of the width. Half the time of torch's own."""
         length = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
         return (states / torch.hypot(length, self._floor)).mul_(gain)
 
-    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B, q, 1, head_dim], from a table that grows with the positions."""
-        needed = int(positions.max()) + 1
-        if needed > len(self._cos):
-            count = max(_FIRST_POSITIONS, 2 * needed)
+    def _rotation(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [B, q, 1, head_dim] of positions before ``end``."""
+        if end > len(self._turns):
+            count = max(_FIRST_POSITIONS, 2 * end)
             places = torch.arange(count, device=positions.device)[None]
             cos, sin = self._base.rotary_emb(self._base.norm.weight, places)
-            self._cos, self._sin = cos[0], sin[0]
-        return self._cos[positions].unsqueeze(2), self._sin[positions].unsqueeze(2)
+            sin[..., : sin.shape[-1] // 2] *= -1
+            self._turns = torch.stack([cos[0], sin[0]], 1).unsqueeze(2)
+        cos, sin = self._turns[positions].unbind(2)
+        return cos, sin
 
 
 def lean_layers(model: PreTrainedModel) -> LeanLayers | None:
@@ -146,14 +152,14 @@ def _fuse(index: int, layer: Any) -> _Layer:
     return _Layer(
         index,
         layer.input_layernorm.weight.data * root,
-        qkv,
+        qkv.t(),
         qkv_bias,
-        attention.o_proj.weight,
+        attention.o_proj.weight.data.t(),
         attention.o_proj.bias,
         layer.post_attention_layernorm.weight.data * root,
-        gate_up,
+        gate_up.t(),
         gate_up_bias,
-        mlp.down_proj.weight,
+        mlp.down_proj.weight.data.t(),
         mlp.down_proj.bias,
     )
 
@@ -172,7 +178,12 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
+def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(inputs, weight) if bias is None else torch.addmm(bias, inputs, weight)
+
+
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions; ``sin`` with the sign that its half of the dimensions takes."""
     half = states.shape[-1] // 2
-    turned = torch.cat([-states[..., half:], states[..., :half]], -1)
-    return states * cos + turned * sin
+    turned = torch.cat([states[..., half:], states[..., :half]], -1)
+    return torch.addcmul(states * cos, turned, sin)

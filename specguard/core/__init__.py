@@ -1,6 +1,7 @@
 """Step-level speculative decoding against an abstract model: loop, selector, verifier, records."""
 
 from specguard.core.config import SolveConfig, VerifierConfig, ensemble_weights
+from specguard.core.drafting import WholeDrafting
 from specguard.core.engine import Engine
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.fallback import DraftCost
@@ -12,6 +13,7 @@ from specguard.core.model import (
     Boundary,
     Candidate,
     Capture,
+    Drafting,
     LanguageModel,
     Observation,
     Prompt,
@@ -32,6 +34,7 @@ __all__ = [
     "Candidate",
     "Capture",
     "DraftCost",
+    "Drafting",
     "Engine",
     "Finished",
     "LanguageModel",
@@ -52,6 +55,7 @@ __all__ = [
     "Tokenizer",
     "UsageError",
     "VerifierConfig",
+    "WholeDrafting",
     "ensemble_weights",
     "final_answer",
     "solve_many",
