@@ -47,14 +47,23 @@ class Draft:
 class OpenDrafts:
     """Candidates in the making by their numbers, and the uniforms that they are drawn by."""
 
-    def __init__(self, pieces: PieceTable) -> None:
-        self._pieces = pieces
+    def __init__(self, pieces: PieceTable, num_candidates: int) -> None:
+        if num_candidates < 1:
+            raise ValueError("a step needs at least one candidate")
+        self._pieces, self._num_candidates = pieces, num_candidates
         self._numbers = count()
         self._uniforms: dict[int, FloatArray] = {}
         self.drafts: dict[int, Draft] = {}
 
     def add(self, boundary: Boundary, uniforms: FloatArray) -> dict[int, Draft]:
-        """A candidate for each row of ``uniforms`` [num_candidates, boundary.max_tokens]."""
+        """The candidates of one more sequence.
+
+        Raises:
+            ValueError: ``uniforms`` are not [num_candidates, boundary.max_tokens].
+        """
+        shape = self._num_candidates, boundary.max_tokens
+        if uniforms.shape != shape:
+            raise ValueError(f"uniforms must have shape {shape}, not {uniforms.shape}")
         added = {next(self._numbers): Draft(StepScanner(self._pieces, boundary)) for _ in uniforms}
         self.drafts |= added
         self._uniforms |= zip(added, uniforms, strict=True)
@@ -77,13 +86,11 @@ class OpenDrafts:
 def propose_by(
     drafting: Drafting[S],
     sequences: Sequence[S],
-    num_candidates: int,
     boundaries: Sequence[Boundary],
     uniforms: FloatArray,
 ) -> list[list[Candidate]]:
     """`LanguageModel.propose` by a fresh drafting that all sequences join at once."""
-    check_sequences(sequences)
-    check_uniforms(uniforms, len(sequences), num_candidates, boundaries)
+    check_proposal(sequences, boundaries, uniforms)
     for sequence, boundary, draws in zip(sequences, boundaries, uniforms, strict=True):
         drafting.add(sequence, boundary, draws[:, : boundary.max_tokens])
     found = {id(sequence): candidates for sequence, candidates in drafting.run(len(sequences))}
@@ -106,18 +113,18 @@ def check_sequences(sequences: Sequence[TokenSequence]) -> None:
         raise ValueError("a call needs distinct sequences, at least one")
 
 
-def check_uniforms(
-    uniforms: FloatArray, num_sequences: int, num_candidates: int, boundaries: Sequence[Boundary]
+def check_proposal(
+    sequences: Sequence[TokenSequence], boundaries: Sequence[Boundary], uniforms: FloatArray
 ) -> None:
-    """Refuse uniforms that do not go with the other arguments of ``propose``, and no candidates."""
-    if num_candidates < 1:
-        raise ValueError("a step needs at least one candidate")
-    if len(boundaries) != num_sequences:
-        raise ValueError(f"{num_sequences} sequences need a boundary each, not {len(boundaries)}")
-    most = max((boundary.max_tokens for boundary in boundaries), default=0)
-    shape = (num_sequences, num_candidates, most)
-    if uniforms.shape != shape:
-        raise ValueError(f"uniforms must have shape {shape}, not {uniforms.shape}")
+    """Refuse sequences that are not distinct, and arguments that do not go with them."""
+    check_sequences(sequences)
+    if len(boundaries) != len(sequences):
+        raise ValueError(f"{len(sequences)} sequences need a boundary each, not {len(boundaries)}")
+    most = max(boundary.max_tokens for boundary in boundaries)
+    if uniforms.shape[::2] != (len(sequences), most):
+        raise ValueError(
+            f"uniforms must have shape ({len(sequences)}, candidates, {most}), not {uniforms.shape}"
+        )
 
 
 def check_continuations(

@@ -16,6 +16,7 @@ from specguard.core import (
     Prompt,
     Sampling,
     SolveConfig,
+    SpecguardError,
     VerifierConfig,
 )
 from specguard.core.randomness import Purpose, uniforms
@@ -338,6 +339,29 @@ def test_sequences_join_and_leave_while_others_are_drawn_for(
                 np.testing.assert_allclose(one.embedding, other.embedding, atol=1e-3)
     assert sorted(drawn) == list(range(len(asked)))
     assert drafting.run(1) == []
+
+
+def test_what_cannot_join_is_refused_and_leaves_the_others_as_they_are(model: Model) -> None:
+    if type(model).__name__ == "ReferenceModel":
+        pytest.skip("it checks when it draws")
+    drafting = model.drafting(2, SAMPLING)
+    sequence = model.start(PROMPT)
+    drafting.add(sequence, boundary(model, 4), draws(2, 4)[0])
+    with pytest.raises(ValueError, match="distinct"):
+        drafting.add(sequence, boundary(model, 4), draws(2, 4)[0])
+    with pytest.raises(ValueError, match="shape"):
+        drafting.add(model.start(OTHER_PROMPT), boundary(model, 4), draws(3, 4)[0])
+    cap = model.context_limit
+    with pytest.raises(SpecguardError, match="context"):
+        drafting.add(model.start(OTHER_PROMPT), boundary(model, cap), draws(2, cap)[0])
+    closed = model.start(OTHER_PROMPT)
+    closed.close()
+    with pytest.raises(ValueError, match="closed"):
+        drafting.add(closed, boundary(model, 4), draws(2, 4)[0])
+    [(found, candidates)] = drafting.run(9)
+    assert found is sequence
+    expected = propose(model, model.start(PROMPT), 2, 4)
+    assert [c.token_ids for c in candidates] == [c.token_ids for c in expected]
 
 
 def test_a_candidate_does_not_depend_on_how_many_there_are(model: Model) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +31,9 @@ from specguard.core import (
     SpecguardError,
     UsageError,
     VerifierConfig,
+    solve_many,
 )
+from specguard.models.tiny import problems
 from tests.conftest import PROBLEM, TINY, eager, make_checkpoint
 from tests.rollout import block_of
 
@@ -465,3 +469,19 @@ def test_a_downloaded_hub_id_is_loaded(
     with pytest.raises(SpecguardError, match="neither a folder nor a model on this disk") as caught:
         load_model("owner/other")
     assert "specguard models pull owner/other" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "settings", [{"method": "sd"}, {"rewrite": "speculate"}, {"num_candidates": 3}]
+)
+def test_a_batch_goes_from_thread_to_thread(settings: dict[str, Any]) -> None:
+    pair = specguard.load("tiny", backend="mlx", **settings)
+    texts = [problem.text for problem in islice(problems.stream(problems.HELD_OUT), 4)]
+    found = solve_many(pair, texts, batch_size=3)
+    answers = {}
+    for _ in texts:
+        with ThreadPoolExecutor(1) as pool:
+            one = pool.submit(next, found).result()
+        assert one.solution is not None
+        answers[one.index] = one.solution.text
+    assert [answers[index] for index in range(4)] == [pair.solve(text).text for text in texts]

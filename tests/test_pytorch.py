@@ -1,5 +1,6 @@
 """What the PyTorch backend runs without capture, what it refuses, and its devices."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+import specguard
+from specguard.backends.pytorch.kv import KVBuffer
 from specguard.backends.pytorch.loading import load_model
 from specguard.core import (
+    GREEDY,
     Boundary,
     Capture,
     Engine,
@@ -153,3 +157,22 @@ def test_few_tokens_are_enough_for_top_p(top_p: float, monkeypatch: pytest.Monke
     found = sampling.warp(logits, Sampling(0.9, top_p))
     monkeypatch.setattr(sampling, "_FEW", 10**9)
     torch.testing.assert_close(found, sampling.warp(logits, Sampling(0.9, top_p)), rtol=0, atol=0)
+
+
+def test_a_drafting_that_waits_for_others_to_join_holds_no_memory() -> None:
+    draft = specguard.load("tiny", backend="cpu").draft
+    assert draft is not None
+    drafting = draft.drafting(1, GREEDY)
+    gc.collect()
+    num_before = sum(type(one) is KVBuffer for one in gc.get_objects())
+    for number in 1, 2:
+        sequences = [draft.start(Prompt((5, 6, 7 + index), (0, 1))) for index in range(number)]
+        for sequence in sequences:
+            cut = Boundary("", frozenset(), 3)
+            drafting.add(sequence, cut, np.zeros((1, 3), dtype=np.float32))
+        assert len(drafting.run(number)) == number
+        for sequence in sequences:
+            sequence.close()
+        del sequences, sequence
+        gc.collect()
+        assert sum(type(one) is KVBuffer for one in gc.get_objects()) == num_before

@@ -113,6 +113,42 @@ def test_who_has_its_step_does_not_wait_for_those_who_have_not() -> None:
     assert len(rows) < num_alone / 3
 
 
+def test_a_problem_that_wants_something_else_does_not_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("specguard.core.schedule._PATIENCE", 3)
+    texts = [f"problem {number}" for number in range(40)]
+    odd = Task("another problem", {"sampling": Sampling(1.0, 1.0)})
+    found = solve_many(engine(method="draft"), [odd, *texts], batch_size=4)
+    assert 0 in [one.index for one in islice(found, 20)]
+
+
+def test_one_that_cannot_join_is_alone_in_that() -> None:
+    pair = engine(method="target")
+    target = pair.target
+    assert target is not None
+    drafting = target.drafting
+
+    def refusing(*arguments: object) -> object:
+        made = drafting(*arguments)  # type: ignore[arg-type]
+        add = made.add
+
+        def refuse(sequence: object, *rest: object) -> None:
+            if sequence.token_ids[9] == ord("3"):  # type: ignore[attr-defined]
+                raise SpecguardError("this one does not fit")
+            add(sequence, *rest)  # type: ignore[arg-type]
+
+        made.add = refuse
+        return made
+
+    target.drafting = refusing  # type: ignore[method-assign,assignment]
+    found = in_order(solve_many(pair, TEXTS, batch_size=7))
+    assert [str(one.error) for one in found if one.error] == ["this one does not fit"]
+    assert [one.solution.text for one in found if one.solution] == [
+        engine(method="target").solve(text).text for text in TEXTS if text[8] != "3"
+    ]
+
+
 def test_requests_of_a_batch_go_in_one_call() -> None:
     pair = engine(method="target")
     sizes: list[int] = []

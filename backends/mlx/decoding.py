@@ -70,15 +70,15 @@ class Handle:
 
 
 @dataclass(slots=True)
-class Branches:
-    """The candidates of one sequence while they are drawn: their columns behind the sequence."""
+class CandidateColumns:
+    """Which column behind a sequence belongs to which of its candidates while they are drawn."""
 
     sequence: MlxSequence
     num_candidates: int
     owners: list[int] = field(default_factory=list)  # of each column after the pending one
 
     def row(self, drafts: Sequence[Draft], numbers: Sequence[int]) -> Row:
-        """A slot for the newest token of each of these candidates, which get a column each."""
+        """A slot for the newest token of these candidates, by number, which get a column each."""
         first = len(self.sequence.token_ids)
         start = first + len(self.owners)
         for offset, draft in enumerate(drafts):
@@ -137,6 +137,8 @@ class Trail:
         if probs is not None:
             for slot, index in enumerate(alive):
                 self._kept.setdefault(index, []).append(probs[slot])
+            # A lazy array belongs to its thread; the next call may come from another.
+            mx.async_eval([self._kept[index][-1] for index in alive])
 
     def take(
         self, numbers: list[int], first_pass: int
@@ -165,7 +167,11 @@ class Trail:
     def distributions(self, number: int) -> mx.array | None:
         """What a candidate's tokens were drawn from, [n, V], if it was kept; it is given away."""
         kept = self._kept.pop(number, None)
-        return None if kept is None else mx.stack(kept)
+        if kept is None:
+            return None
+        stacked = mx.stack(kept)
+        mx.async_eval(stacked)
+        return stacked
 
     def forget(self, first_pass: int | None) -> None:
         """Drop what was drawn before a pass, or everything."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from specguard.backends.mlx.decoding import (
-    Branches,
+    CandidateColumns,
     Handle,
     MlxSequence,
     Next,
@@ -19,7 +19,13 @@ from specguard.backends.mlx.decoding import (
     offset,
 )
 from specguard.backends.mlx.forward import Forward
-from specguard.backends.verbs import Draft, OpenDrafts, check_room, finish_candidates
+from specguard.backends.verbs import (
+    Draft,
+    OpenDrafts,
+    check_room,
+    check_sequences,
+    finish_candidates,
+)
 from specguard.core.model import Boundary, Candidate, FloatArray, Sampling, Tokenizer
 from specguard.core.text import PieceTable
 
@@ -29,9 +35,10 @@ class _Row:
     """A sequence, its candidates by number, and the columns that they take behind it."""
 
     sequence: MlxSequence
-    branches: Branches
+    columns: CandidateColumns
     drafts: dict[int, Draft]
     first_pass: int
+    version: int = 0  # of the sequence while it is drawn for
 
     @property
     def is_done(self) -> bool:
@@ -60,7 +67,7 @@ class MlxDrafting:
         self._keeps_distributions = keep_distributions
         self._rows: list[_Row] = []
         self._joining: list[_Row] = []
-        self._open = OpenDrafts(pieces)
+        self._open = OpenDrafts(pieces, num_candidates)
         self._alive: list[int] = []
         self._slots: list[int] = []  # of what follows, for each candidate in ``alive``
         self._following: Next | None = None
@@ -70,11 +77,12 @@ class MlxDrafting:
     def add(self, sequence: MlxSequence, boundary: Boundary, uniforms: FloatArray) -> None:
         """A sequence joins."""
         check_room(sequence, boundary.max_tokens, self._context_limit)
+        check_sequences([sequence, *(row.sequence for row in self._rows + self._joining)])
         sequence.readable()
-        sequence.version += 1  # the columns behind the sequence are about to be written
         drafts = self._open.add(boundary, uniforms)
-        branches = Branches(sequence, self._num_candidates)
-        self._joining.append(_Row(sequence, branches, drafts, self._trail.num_passes))
+        sequence.version += 1  # the columns behind the sequence are about to be written
+        columns = CandidateColumns(sequence, self._num_candidates)
+        self._joining.append(_Row(sequence, columns, drafts, self._trail.num_passes))
 
     def run(self, num_wanted: int) -> list[tuple[MlxSequence, list[Candidate]]]:
         """Draw on until so many more sequences, or all, have their candidates."""
@@ -86,7 +94,10 @@ class MlxDrafting:
                 self._draw()
                 done += [row for row in self._rows if row.is_done]
                 self._rows = [row for row in self._rows if not row.is_done]
-            return self._finished(done)
+            found = self._finished(done)
+        if not self._rows:  # whoever waits for others to join holds no memory
+            self._following = None
+        return found
 
     def _join(self) -> None:
         joining, self._joining = self._joining, []
@@ -98,6 +109,7 @@ class MlxDrafting:
             pairs = zip(self._following, following, strict=True)
             following = Next(*(mx.concatenate(pair) for pair in pairs))
         for slot, row in enumerate(joining, first):
+            row.version = row.sequence.version
             self._slots += [slot] * self._num_candidates
             self._alive += row.drafts
         self._rows += joining
@@ -132,11 +144,12 @@ class MlxDrafting:
         """Forward the newest token of every unfinished candidate."""
         rows, positions = [], []
         for row in self._rows:
-            mine = [index for index in row.drafts if row.drafts[index].finish is None]
-            own = [row.drafts[index] for index in mine]
+            drafts = list(row.drafts.values())
+            mine = [place for place, draft in enumerate(drafts) if draft.finish is None]
+            own = [drafts[place] for place in mine]
             position = len(row.sequence.token_ids) + len(own[0].token_ids)
             positions += [position] * len(mine)
-            rows.append(row.branches.row(own, [index % self._num_candidates for index in mine]))
+            rows.append(row.columns.row(own, mine))
         hidden = self._forward.run(rows, token_ids[:, None], offset(positions))[:, 0]
         return Next(hidden, self._forward.logits(hidden))
 
@@ -149,7 +162,7 @@ class MlxDrafting:
         handles = [
             Handle(
                 sequence=row.sequence,
-                version=row.sequence.version,
+                version=row.version,
                 start=len(row.sequence.token_ids),
                 columns=draft.columns,
                 ahead=self._ahead.pop(number, None),

@@ -119,7 +119,7 @@ class MlxModel:
     ) -> list[list[Candidate]]:
         """Sample steps, all sequences and candidates side by side; each stops at its boundary."""
         drafting = self.drafting(num_candidates, sampling, keep_distributions)
-        return propose_by(drafting, sequences, num_candidates, boundaries, uniforms)
+        return propose_by(drafting, sequences, boundaries, uniforms)
 
     def drafting(
         self, num_candidates: int, sampling: Sampling, keep_distributions: bool = False

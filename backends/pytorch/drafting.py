@@ -16,7 +16,13 @@ from specguard.backends.pytorch.branching import Branches, moved
 from specguard.backends.pytorch.forward import Forward, Layout
 from specguard.backends.pytorch.kv import Handle, KVBuffer, Part, TorchSequence
 from specguard.backends.pytorch.sampling import describe, draw, warp
-from specguard.backends.verbs import Draft, OpenDrafts, check_room, finish_candidates
+from specguard.backends.verbs import (
+    Draft,
+    OpenDrafts,
+    check_room,
+    check_sequences,
+    finish_candidates,
+)
 from specguard.core.model import Boundary, Candidate, FloatArray, Sampling, Tokenizer
 from specguard.core.text import PieceTable
 
@@ -26,15 +32,22 @@ class _Row:
     """A sequence, its candidates by number, and where in which buffer they are."""
 
     sequence: TorchSequence
+    version: int  # of the sequence while it is drawn for
     drafts: dict[int, Draft]
     first_pass: int
-    buffer: KVBuffer
+    buffer: KVBuffer | None = None
     place: int = 0
 
     @property
     def num_held(self) -> int:
         """Columns of the sequence itself."""
         return self.sequence.num_cached
+
+    @property
+    def held(self) -> KVBuffer:
+        """The buffer, once it is laid out."""
+        assert self.buffer is not None
+        return self.buffer
 
     @property
     def is_done(self) -> bool:
@@ -82,15 +95,17 @@ class TorchDrafting:
         self._num_rows = 0  # of the layout, those that are done among them
         self._trail: list[_Drawn] = []
         self._num_forgotten = 0  # passes before the trail
-        self._open = OpenDrafts(pieces)
+        self._open = OpenDrafts(pieces, num_candidates)
 
     def add(self, sequence: TorchSequence, boundary: Boundary, uniforms: FloatArray) -> None:
         """A sequence joins."""
         check_room(sequence, boundary.max_tokens, self._context_limit)
+        check_sequences([sequence, *(row.sequence for row in self._rows + self._joining)])
+        sequence.readable()
         drafts = self._open.add(boundary, uniforms)
-        first_pass = self._num_forgotten + len(self._trail)
-        self._joining.append(_Row(sequence, drafts, first_pass, sequence.readable()))
         sequence.version += 1  # the columns behind the sequence are about to be written
+        first_pass = self._num_forgotten + len(self._trail)
+        self._joining.append(_Row(sequence, sequence.version, drafts, first_pass))
 
     @torch.inference_mode()
     def run(self, num_wanted: int) -> list[tuple[TorchSequence, list[Candidate]]]:
@@ -103,7 +118,10 @@ class TorchDrafting:
             self._draw()
             done += [row for row in self._rows if row.is_done]
             self._rows = [row for row in self._rows if not row.is_done]
-        return self._finished(done)
+        found = self._finished(done)
+        if not self._rows:  # whoever waits for others to join holds no memory
+            self._layout, self._num_rows, self._branches = None, 0, Branches()
+        return found
 
     def _arrange(self) -> None:
         """Lay the rows out anew, with those that join."""
@@ -134,7 +152,7 @@ class TorchDrafting:
             for draft in row.drafts.values():
                 draft.columns = moved(draft.columns, columns)
             chosen = self._forward.tensor(columns)
-            parts.append(Part(row.buffer, row.place, chosen))
+            parts.append(Part(self._layout.buffer, row.place, chosen))
             positions.append(self._layout.positions[row.place, chosen])
         if moves:
             self._branches.move(moves)
@@ -197,8 +215,8 @@ class TorchDrafting:
         handles = [
             Handle(
                 sequence=row.sequence,
-                version=row.sequence.version,
-                buffer=row.buffer,
+                version=row.version,
+                buffer=row.held,
                 row=row.place,
                 columns=draft.columns,
                 distributions=self._distributions(trail, number),

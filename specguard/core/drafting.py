@@ -1,9 +1,6 @@
 """A `Drafting` for models that cannot take sequences in while they draw."""
 
-from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
-
-import numpy as np
 
 from specguard.core.model import (
     Boundary,
@@ -13,6 +10,7 @@ from specguard.core.model import (
     Sampling,
     TokenSequence,
 )
+from specguard.core.randomness import side_by_side
 
 S = TypeVar("S", bound=TokenSequence)
 
@@ -51,12 +49,3 @@ class WholeDrafting(Generic[S]):
             self._keeps_distributions,
         )
         return list(zip(sequences, candidates, strict=True))
-
-
-def side_by_side(uniforms: Sequence[FloatArray]) -> FloatArray:
-    """Uniforms [..., n] in one array, the shorter ones filled up with zeros."""
-    width = max(part.shape[-1] for part in uniforms)
-    grid = np.zeros((len(uniforms), *uniforms[0].shape[:-1], width), dtype=uniforms[0].dtype)
-    for row, part in zip(grid, uniforms, strict=True):
-        row[..., : part.shape[-1]] = part
-    return grid

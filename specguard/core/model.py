@@ -207,11 +207,15 @@ class Drafting(Protocol[S]):
     def add(self, sequence: S, boundary: Boundary, uniforms: FloatArray) -> None:
         """A sequence joins; ``uniforms`` [num_candidates, boundary.max_tokens].
 
-        Until its candidates are there, nothing else may be done with it.
+        Until its candidates are there, nothing else may be done with it. What is refused has not
+        joined, and leaves the others as they are.
         """
 
     def run(self, num_wanted: int) -> list[tuple[S, list[Candidate]]]:
-        """Draw on until at least so many sequences more, or all, have their candidates."""
+        """Draw on until at least so many sequences more, or all, have their candidates.
+
+        After an error the drafting is of no more use; the sequences are as they were.
+        """
 
 
 class LanguageModel(Protocol[S]):

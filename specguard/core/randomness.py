@@ -1,5 +1,6 @@
 """Uniforms keyed by what they are for, so that a result depends on no batch slot and no backend."""
 
+from collections.abc import Sequence
 from enum import IntEnum
 from hashlib import blake2b
 
@@ -37,3 +38,12 @@ def uniforms(
         for candidate in range(num_candidates)
     ]
     return np.stack(rows)
+
+
+def side_by_side(uniforms: Sequence[FloatArray]) -> FloatArray:
+    """Uniforms [..., n] in one array, the shorter ones filled up with zeros."""
+    width = max(part.shape[-1] for part in uniforms)
+    grid = np.zeros((len(uniforms), *uniforms[0].shape[:-1], width), dtype=uniforms[0].dtype)
+    for row, part in zip(grid, uniforms, strict=True):
+        row[..., : part.shape[-1]] = part
+    return grid

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from specguard.core.drafting import side_by_side
 from specguard.core.model import (
     Acceptance,
     Boundary,
@@ -25,6 +24,7 @@ from specguard.core.model import (
     Sampling,
     TokenSequence,
 )
+from specguard.core.randomness import side_by_side
 
 T = TypeVar("T")
 
@@ -186,7 +186,9 @@ def perform(requests: Sequence[Request]) -> Sequence[Any]:
 def shared_time(requests: Sequence[Request]) -> Iterator[None]:
     """What goes on inside takes its time for all of these requests alike."""
     started = time.perf_counter()
-    yield
-    seconds = (time.perf_counter() - started) / len(requests)
-    for request in requests:
-        request.seconds += seconds
+    try:
+        yield
+    finally:
+        seconds = (time.perf_counter() - started) / len(requests)
+        for request in requests:
+            request.seconds += seconds

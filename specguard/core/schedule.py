@@ -7,6 +7,7 @@ in the queue. A solution depends neither on the other problems nor on how many t
 """
 
 import math
+from collections import Counter
 from collections.abc import Generator, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ _SHORTEST_PREFIX = 8  # tokens; a shorter beginning costs less to read than to l
 # Buffers double when they are full, and a batch is laid side by side in one more buffer.
 _BYTES_PER_BYTE = 4
 _SOME = 0.25  # of the problems that are drawn for; so many steps are waited for
-_FEW = 0.25  # of all problems; with no more than these another kind of drawing goes first
+_PATIENCE = 16  # times that a kind of drawing waits before it goes first
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,25 +94,29 @@ class _Open:
         return self.wants
 
 
-class _Drafting:
-    """A drafting under way and the requests that have joined it."""
+@dataclass(slots=True)
+class _Call:
+    """A drafting under way and the problems that have joined it."""
 
-    def __init__(self, drafting: Drafting[Any]) -> None:
-        self._drafting = drafting
-        self._joined: dict[int, Propose] = {}
+    drafting: Drafting[Any]
+    joined: dict[int, _Open] = field(default_factory=dict)  # by the identity of their sequences
 
-    def run(
-        self, requests: dict[int, Propose], num_wanted: int
-    ) -> list[tuple[TokenSequence, list[Candidate]]]:
-        """Draw on for requests, by the identity of their sequences, new ones among them."""
-        for key, request in requests.items():
-            if key not in self._joined:
-                self._joined[key] = request
-                self._drafting.add(request.sequence, request.boundary, request.uniforms)
-        found = self._drafting.run(num_wanted)
-        for sequence, _ in found:
-            del self._joined[id(sequence)]
-        return found
+    def add(self, problem: _Open) -> None:
+        """A problem joins, unless it has."""
+        request: Propose = problem.request
+        if id(request.sequence) not in self.joined:
+            self.drafting.add(request.sequence, request.boundary, request.uniforms)
+            self.joined[id(request.sequence)] = problem
+
+    def run(self) -> list[tuple[_Open, list[Candidate]]]:
+        """Draw until some of the problems have their candidates."""
+        problems = list(self.joined.values())
+        requests = [problem.request for problem in problems]
+        # Guesses are short and of one length: who leaves early only splits the pass that judges.
+        share = 1.0 if requests[0].keep_distributions else _SOME
+        with shared_time(requests):
+            found = self.drafting.run(math.ceil(share * len(problems)))
+        return [(self.joined.pop(id(sequence)), candidates) for sequence, candidates in found]
 
 
 class _Schedule:
@@ -124,8 +129,8 @@ class _Schedule:
         self._waiting: tuple[int, Task, int] | None = None  # read, and found no room yet
         self._open: list[_Open] = []
         self._prefixes: dict[int, TokenSequence] = {}
-        self._draftings: dict[Hashable, _Drafting] = {}
-        self._drawing: Hashable = None  # the kind that was drawn last
+        self._calls: dict[Hashable, _Call] = {}
+        self._num_waits: Counter[Hashable] = Counter()  # of a kind of drawing, in a row
 
     def run(self) -> Iterator[Finished]:
         """Solve everything."""
@@ -191,10 +196,7 @@ class _Schedule:
         if others:
             yield from self._perform(max(others, key=len))
             return
-        # Few rows cost nearly as much as many: those that are left wait until others join them.
-        if len(groups.get(self._drawing, ())) <= _FEW * len(self._open):
-            self._drawing = max(groups, key=lambda kind: len(groups[kind]))
-        yield from self._draw(self._drawing, groups[self._drawing])
+        yield from self._draw(self._kind_to_draw(groups), groups)
 
     def _perform(self, batch: list[_Open]) -> Iterator[Finished]:
         requests = [problem.request for problem in batch]
@@ -203,31 +205,49 @@ class _Schedule:
                 if isinstance(request, Start):
                     request.prefix = self._prefix(request)
             results = perform(requests)
-        except SpecguardError as error:
-            if len(batch) > 1:  # whose it is shows when each is alone
-                for problem in batch:
-                    yield from self._perform([problem])
-                return
+        except SpecguardError as reason:
+            error = reason.with_traceback(None)  # which holds what the call had in its hands
+        else:
+            for problem, result in zip(batch, results, strict=True):
+                yield from self._advance(problem, result)
+            return
+        if len(batch) == 1:
             yield from self._advance(batch[0], None, error)
             return
-        for problem, result in zip(batch, results, strict=True):
-            yield from self._advance(problem, result)
+        for problem in batch:  # whose it is shows when each is alone
+            yield from self._perform([problem])
 
-    def _draw(self, kind: Hashable, batch: list[_Open]) -> Iterator[Finished]:
-        """Draw steps for these problems until some of them have theirs."""
-        requests = {id(problem.request.sequence): problem.request for problem in batch}
+    def _kind_to_draw(self, groups: dict[Hashable, list[_Open]]) -> Hashable:
+        """What most problems want; the others wait until more want the same, but not for ever."""
+        kind = max(groups, key=lambda kind: (self._num_waits[kind] >= _PATIENCE, len(groups[kind])))
+        for other in groups:
+            self._num_waits[other] += 1
+        self._num_waits[kind] = 0
+        return kind
+
+    def _draw(self, kind: Hashable, groups: dict[Hashable, list[_Open]]) -> Iterator[Finished]:
+        """Draw steps for the problems that want this kind until some of them have theirs."""
+        batch = groups[kind]
+        if kind not in self._calls:
+            self._calls[kind] = _Call(batch[0].request.drafting())
+        call = self._calls[kind]
+        for problem in batch:
+            try:
+                call.add(problem)
+            except SpecguardError as error:
+                yield from self._advance(problem, None, error)
         try:
-            with shared_time(list(requests.values())):
-                if kind not in self._draftings:
-                    self._draftings[kind] = _Drafting(batch[0].request.drafting())
-                found = self._draftings[kind].run(requests, math.ceil(_SOME * len(batch)))
+            found = call.run() if call.joined else []
         except SpecguardError:
-            self._draftings.pop(kind, None)
-            yield from self._perform(batch)
+            found = None
+        if found is None:
+            del self._calls[kind], call
+            yield from self._perform([problem for problem in batch if problem in self._open])
             return
-        problems = {id(problem.request.sequence): problem for problem in batch}
-        for sequence, candidates in found:
-            yield from self._advance(problems[id(sequence)], candidates)
+        if not call.joined:
+            del self._calls[kind]
+        for problem, candidates in found:
+            yield from self._advance(problem, candidates)
 
     def _advance(
         self, problem: _Open, result: Any, error: SpecguardError | None = None
