@@ -1,5 +1,6 @@
 """The reward model's recipe: what the draft writes and how it is labelled, training, export."""
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,16 @@ from specguard.models.tiny.data import Coder, make_coder  # noqa: E402
 from specguard.models.tiny.decoding import decode  # noqa: E402
 from specguard.models.tiny.evidence.signals import Sample  # noqa: E402
 from specguard.models.tiny.prm.data import batches, make_row, replaced_batches, write_rows  # noqa: E402
-from specguard.models.tiny.prm.evaluate import Quality, add_rewards, areas  # noqa: E402
+from specguard.models.tiny.prm.evaluate import THRESHOLD, Quality, add_rewards, areas  # noqa: E402
 from specguard.models.tiny.prm.export import export  # noqa: E402
-from specguard.models.tiny.prm.network import RewardNetwork, from_draft  # noqa: E402
+from specguard.models.tiny.prm.network import DRAFT, TARGET, RewardNetwork, from_model  # noqa: E402
 from specguard.models.tiny.prm.training import Recipe, Run, load_network  # noqa: E402
 from tests.conftest import TINY  # noqa: E402
 
 SHIPPED = TINY / "reward"
-SMALL = Recipe(tokens=6000, batch_tokens=2048, pool=8, warmup_steps=1, bf16=False)
+SMALL = Recipe(
+    tokens=6000, intermediate_size=None, batch_tokens=2048, pool=8, warmup_steps=1, bf16=False
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +35,11 @@ def coder() -> Coder:
 
 @pytest.fixture(scope="module")
 def draft(coder: Coder) -> RewardNetwork:
-    return from_draft(coder, 0, seed=0).eval()
+    return from_model(coder, DRAFT).eval()
 
 
-def test_the_network_begins_with_the_draft(coder: Coder, draft: RewardNetwork) -> None:
-    network = from_draft(coder, 2, seed=0)
+def test_the_network_begins_with_a_model_of_the_pair(coder: Coder, draft: RewardNetwork) -> None:
+    network = from_model(coder, DRAFT, num_new_layers=2)
     assert len(network.blocks) == len(draft.blocks) + 2
     for own, drafts in zip(network.blocks, draft.blocks, strict=False):
         for mine, other in zip(own.parameters(), drafts.parameters(), strict=True):
@@ -49,12 +52,42 @@ def test_the_network_begins_with_the_draft(coder: Coder, draft: RewardNetwork) -
     assert tokenizer.decode(written[0, len(prompts[0]) :]) == coder.tokenizer.decode(ids)
 
 
+def test_pruned_layers_do_most_of_what_they_did(
+    coder: Coder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specguard.models.tiny.prm.pruning._NUM_PROBLEMS", 40)
+    rows = [coder.row(problems.generate(problems.CALIBRATION, index)) for index in range(8)]
+    whole = from_model(coder, TARGET)
+    size = whole.shape.intermediate_size
+
+    def share_right(network: RewardNetwork) -> float:
+        right = []
+        for row in rows:
+            ids = torch.tensor([row.ids])
+            found = (network(ids) @ network.vectors("out").T).argmax(-1)[0, :-1]
+            right += (found == ids[0, 1:])[torch.tensor(row.learned[1:])].tolist()
+        return float(np.mean(right))
+
+    with torch.inference_mode():
+        expected = share_right(whole)
+        same = from_model(coder, TARGET, intermediate_size=size)
+        assert share_right(same) == pytest.approx(expected, abs=0.005)
+        small = from_model(coder, TARGET, intermediate_size=size // 4)
+        assert small.blocks[0].up_proj.out_features == size // 4
+        assert share_right(small) > 0.9 * expected
+
+
 def test_exchanged_tokens_are_known(coder: Coder) -> None:
-    token_ids, labels = next(replaced_batches(coder, 40, 2048))
+    token_ids, labels, _, written = (
+        part.tolist() for part in next(replaced_batches(coder, 40, 2048))
+    )
     num_exchanged = num_kept = 0
-    for index, (ids, own) in enumerate(zip(token_ids.tolist(), labels.tolist(), strict=True)):
+    for index, (ids, own) in enumerate(zip(token_ids, labels, strict=True)):
         problem = problems.generate(problems.TRAINING, 40 + index)
         row = make_row(coder, problem, list(problem.steps), [True] * len(problem.steps))
+        assert [token for token in written[index] if token != -100] == [
+            token for token, label in zip(row.ids, row.labels, strict=True) if label != -100
+        ]
         for token, label, before in zip(ids, own, row.ids, strict=False):
             assert (token == before) == (label != 0)
             assert coder.lexicon.class_of[token] == coder.lexicon.class_of[before]
@@ -109,8 +142,8 @@ def test_a_run_goes_on_and_is_exported(coder: Coder, tmp_path: Path) -> None:
     fixed = [
         token for token, word in enumerate(coder.lexicon.word_of) if coder.lexicon.is_fixed[word]
     ]
-    vectors, before = again.network.vectors("in"), from_draft(coder, 2, 0).vectors("in")
-    shift = (vectors - before)[fixed]
+    before = SMALL.network(coder).vectors("in")
+    shift = (again.network.vectors("in") - before)[fixed]
     assert torch.allclose(shift, shift[:1].expand_as(shift), atol=1e-6)
 
     network = load_network(SMALL, coder, tmp_path)
@@ -194,3 +227,20 @@ def test_the_shipped_model_is_small_and_the_same_on_every_backend(
         found = [judge.start(problem.text).rewards(problem.steps) for judge in judges]
         for other in found[1:]:
             np.testing.assert_allclose(other, found[0], atol=1e-3)
+
+
+def test_the_shipped_model_sees_a_wrong_digit() -> None:
+    judge = load_reward_model(str(SHIPPED), "cpu", "float32")
+    pairs = []
+    for problem in islice(problems.stream(problems.HELD_OUT), 12):
+        sequence = judge.start(problem.text)
+        for index, step in enumerate(problem.steps):
+            last = max(place for place, sign in enumerate(step) if sign.isdigit())
+            changed = step[:last] + str((int(step[last]) + 3) % 10) + step[last + 1 :]
+            before = problem.steps[:index]
+            pairs.append([sequence.rewards([*before, text])[-1] for text in (step, changed)])
+        sequence.close()
+    right, wrong = np.array(pairs).T
+    assert (right > wrong).mean() > 0.9
+    assert (right >= THRESHOLD).mean() > 0.8
+    assert (wrong >= THRESHOLD).mean() < 0.2

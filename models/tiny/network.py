@@ -154,16 +154,26 @@ class Network(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
 
-    def forward(self, token_ids: Tensor, num_layers: int | None = None) -> Tensor:
-        """Hidden states before the output vectors, normed; of the first layers where given."""
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Hidden states before the output vectors, normed."""
+        return self.normed(self.states(token_ids)[-1])
+
+    def normed(self, state: Tensor) -> Tensor:
+        """What the output vectors are multiplied with."""
+        return norm(state, self.norm, self.shape.rms_norm_eps)
+
+    def states(self, token_ids: Tensor) -> list[Tensor]:
+        """Hidden states [B, T, D] behind each layer."""
         x = functional.embedding(token_ids, self.vectors("in"))
         cos, sin = self.rotation(0, token_ids.shape[1])
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, cos, sin = x.to(dtype), cos.to(dtype), sin.to(dtype)
-        for layer in self.blocks[:num_layers]:
+        found = []
+        for layer in self.blocks:
             x = layer(x, (cos, sin))
-        return norm(x, self.norm, self.shape.rms_norm_eps)
+            found.append(x)
+        return found
 
     def loss(self, token_ids: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy where ``labels`` [B, T] is not -100; each predicts from the one before."""

@@ -1,6 +1,7 @@
 """How far a training run has come: its checkpoint, from which it goes on, and its log."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 SECONDS_PER_CHECKPOINT = 120
+CHECKPOINT = "checkpoint.pt"
 
 
 class TrainingRun:
@@ -21,6 +23,9 @@ class TrainingRun:
     def __init__(
         self, network: nn.Module, optimizers: list[Optimizer], folder: Path, device: str = "cpu"
     ) -> None:
+        # Texts differ in length, and oneDNN keeps buffers for every shape that it has met.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
+        os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
         self.optimizers, self.folder = optimizers, folder
         self._weights = network
         self.tokens, self.next_problem, self.steps = 0, 0, 0
@@ -34,7 +39,7 @@ class TrainingRun:
 
     @property
     def _checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pt"
+        return self.folder / CHECKPOINT
 
     def save(self) -> None:
         """Replace the checkpoint in one go."""

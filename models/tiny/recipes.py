@@ -9,6 +9,7 @@ import torch
 from specguard.models.tiny.lexicon import Lexicon
 from specguard.models.tiny.network import Network, Shape
 from specguard.models.tiny.problems import Difficulty
+from specguard.models.tiny.progress import CHECKPOINT
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,6 @@ RECIPES = {
 def load_network(recipe: Recipe, lexicon: Lexicon, folder: Path) -> Network:
     """The network of a run's last checkpoint, in float32, for evaluation."""
     network = Network(recipe.shape, lexicon)
-    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    state = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
     network.load_state_dict(state["network"])
     return network.eval()

@@ -23,9 +23,9 @@ TEMPERATURE = 0.7
 _GREEDY_SHARE = 4  # one problem in so many is decoded greedily
 _NUM_ROUNDS = 3  # how often a solution is taken up again behind a wrong step
 _NUM_PASSES = 2
-_CHANGED_SHARE = 2  # one problem in so many also comes with a changed digit
 _BATCH_SIZE = 384  # solutions written at once
-_EXCHANGED_SHARE = 0.12
+_EXCHANGED_SHARE = 0.25
+_EXCHANGED_STEPS = 0.35  # steps in which so many tokens are exchanged
 _UNKNOWN = -100
 
 
@@ -83,10 +83,9 @@ def write_rows(coder: Coder, draft: Network, first_problem: int, count: int) -> 
         open_ones = following
     rng = np.random.default_rng(first_problem)
     for number in numbers:
-        if number % _CHANGED_SHARE == 0:
-            problem = problems.generate(problems.TRAINING, number)
-            changed = _Solution(problem, change_digit(problem, rng))
-            rows.append(make_row(coder, problem, changed.steps, changed.judgements()))
+        problem = problems.generate(problems.TRAINING, number)
+        changed = _Solution(problem, change_digit(problem, rng))
+        rows.append(make_row(coder, problem, changed.steps, changed.judgements()))
     return rows
 
 
@@ -176,12 +175,12 @@ def batches(
 
 def replaced_batches(
     coder: Coder, first_problem: int, tokens: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (``token_ids``, ``labels``), each [B, T], of solutions with tokens exchanged.
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Endless (``token_ids``, ``labels``, ``is_end``, ``written``, each [B, T]), tokens exchanged.
 
-    ``labels`` are 0 where a token was exchanged for another of its class, 1 where it was not. In
-    what the draft writes wrong tokens are too rare to learn from them to compare a token with
-    what is predicted for it.
+    ``written`` are the reference's ids, -100 in the prompt. ``labels`` are 0 where a token was
+    exchanged for another of its class, 1 where it was not. In what the draft writes wrong tokens
+    are too rare to learn from them to compare a token with what is predicted for it.
     """
     lexicon = coder.lexicon
     classes = np.array(lexicon.class_of)
@@ -190,11 +189,17 @@ def replaced_batches(
     while True:
         rng = np.random.default_rng(first_problem)
         rows: list[Row] = []
+        references: list[Row] = []
         while sum(len(row.ids) for row in rows) < tokens:
             problem = problems.generate(problems.TRAINING, first_problem)
             first_problem += 1
             row = make_row(coder, problem, list(problem.steps), [True] * len(problem.steps))
-            for place in np.flatnonzero(rng.random(len(row.ids)) < _EXCHANGED_SHARE).tolist():
+            pairs = zip(row.ids, row.labels, strict=True)
+            known = [_UNKNOWN if label == _UNKNOWN else token for token, label in pairs]
+            references.append(Row(known, row.labels[:], row.is_end))
+            num_ends = np.cumsum(row.is_end)
+            share = _EXCHANGED_SHARE * (rng.random(num_ends[-1] + 1) < _EXCHANGED_STEPS)
+            for place in np.flatnonzero(rng.random(len(row.ids)) < share[num_ends]).tolist():
                 others = members[classes[row.ids[place]]]
                 if row.labels[place] == _UNKNOWN or row.is_end[place] or not len(others):
                     continue
@@ -202,8 +207,8 @@ def replaced_batches(
                 row.labels[place] = int(token == row.ids[place])
                 row.ids[place] = token
             rows.append(row)
-        token_ids, labels, _ = pad(rows, coder.pad)
-        yield token_ids, labels
+        written, _, _ = pad(references, _UNKNOWN)
+        yield (*pad(rows, coder.pad), written)
 
 
 def pad(rows: list[Row], filler: int) -> tuple[Tensor, Tensor, Tensor]:

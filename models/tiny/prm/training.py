@@ -11,8 +11,8 @@ import torch
 
 from specguard.models.tiny.data import Coder
 from specguard.models.tiny.prm.data import batches, replaced_batches
-from specguard.models.tiny.prm.network import RewardNetwork, from_draft
-from specguard.models.tiny.progress import SECONDS_PER_CHECKPOINT, TrainingRun
+from specguard.models.tiny.prm.network import DRAFT, TARGET, RewardNetwork, from_model, shape_of
+from specguard.models.tiny.progress import CHECKPOINT, SECONDS_PER_CHECKPOINT, TrainingRun
 from specguard.models.tiny.train import make_optimizers, set_rate
 
 
@@ -20,19 +20,26 @@ from specguard.models.tiny.train import make_optimizers, set_rate
 class Recipe:
     """How the reward model is trained.
 
-    ``rates`` are learning rates at shares of the ``tokens``, with straight lines between them;
-    ``inner_weight`` is that of the loss inside steps beside the loss at their ends.
+    ``rates`` are learning rates at shares of the ``tokens``, with straight lines between them.
     """
 
-    tokens: int = 4_200_000
+    tokens: int = 14_000_000
     num_new_layers: int = 2
+    intermediate_size: int | None = 104
     batch_tokens: int = 4096
     pool: int = 512
-    rates: tuple[tuple[float, float], ...] = ((0.0, 2e-3), (0.4, 2e-3), (1.0, 2e-5))
+    rates: tuple[tuple[float, float], ...] = ((0.0, 1.5e-3), (0.6, 1.5e-3), (1.0, 2e-5))
     warmup_steps: int = 40
-    inner_weight: float = 1.0
     seed: int = 0
     bf16: bool = True
+
+    def empty_network(self, coder: Coder) -> RewardNetwork:
+        """A network to load a checkpoint into."""
+        return RewardNetwork(shape_of(TARGET, self.num_new_layers, self.intermediate_size), coder)
+
+    def network(self, coder: Coder) -> RewardNetwork:
+        """What training begins with."""
+        return from_model(coder, TARGET, self.num_new_layers, self.intermediate_size, self.seed)
 
     def rate(self, tokens: int, steps: int) -> float:
         """Learning rate after so many tokens and steps; the first steps warm up."""
@@ -46,13 +53,14 @@ class Run(TrainingRun):
 
     def __init__(self, recipe: Recipe, coder: Coder, folder: Path) -> None:
         self.recipe, self.coder = recipe, coder
-        self.draft = from_draft(coder, 0, recipe.seed).eval()
-        self.network = from_draft(coder, recipe.num_new_layers, recipe.seed)
+        self.draft = from_model(coder, DRAFT).eval()
+        is_new = not (folder / CHECKPOINT).exists()
+        self.network = recipe.network(coder) if is_new else recipe.empty_network(coder)
         super().__init__(self.network, make_optimizers(self.network), folder)
 
     def train(self, until: int) -> None:
         """Train until ``until`` tokens have been seen."""
-        ends, inners, detections = (deque[float](maxlen=50) for _ in range(3))
+        losses: dict[str, deque[float]] = {}
         saved = logged = time.monotonic()
         seen_then = self.tokens
         recipe = self.recipe
@@ -63,17 +71,16 @@ class Run(TrainingRun):
         while self.tokens < until:
             token_ids, labels, is_end, next_problem = next(source)
             set_rate(self.optimizers, recipe.rate(self.tokens, self.steps))
+            other_ids, *others = next(exchanged)
             with torch.autocast("cpu", torch.bfloat16) if recipe.bf16 else nullcontext():
-                end, inner = self.network.judge(token_ids, labels, is_end)
-            (end + recipe.inner_weight * inner).backward()
-            other_ids, other_labels = next(exchanged)
-            with torch.autocast("cpu", torch.bfloat16) if recipe.bf16 else nullcontext():
-                detection = self.network.detection_loss(other_ids, other_labels)
-            detection.backward()
-            detections.append(detection.item())
+                # "fit" and "lowest" count in both kinds of text.
+                judging = self.network.judging_losses(token_ids, labels, is_end)
+                predicting = self.network.predicting_losses(other_ids, *others)
+            for found in judging, predicting:
+                sum(found.values(), torch.zeros(())).backward()
             self.descend()
-            ends.append(end.item())
-            inners.append(inner.item())
+            for name, loss in (predicting | judging).items():
+                losses.setdefault(name, deque(maxlen=50)).append(loss.item())
             self.tokens += token_ids.numel() + other_ids.numel()
             self.steps += 1
             # A resumed run begins with a fresh pool: what was left of this one is skipped.
@@ -82,22 +89,17 @@ class Run(TrainingRun):
             if self.steps % 50 == 0:
                 speed = (self.tokens - seen_then) / (now - logged)
                 logged, seen_then = now, self.tokens
-                losses = {"loss": _mean(ends), "inner_loss": _mean(inners)}
-                losses["detection_loss"] = _mean(detections)
-                self.log(**losses, problems=self.next_problem, tokens_per_s=round(speed))
+                means = {name: round(sum(last) / len(last), 4) for name, last in losses.items()}
+                self.log(**means, problems=self.next_problem, tokens_per_s=round(speed))
             if now - saved > SECONDS_PER_CHECKPOINT:
                 saved = now
                 self.save()
         self.save()
 
 
-def _mean(losses: deque[float]) -> float:
-    return round(sum(losses) / len(losses), 4)
-
-
 def load_network(recipe: Recipe, coder: Coder, folder: Path) -> RewardNetwork:
     """The network of a run's last checkpoint."""
-    network = from_draft(coder, recipe.num_new_layers, recipe.seed)
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    network = recipe.empty_network(coder)
+    state = torch.load(folder / CHECKPOINT, weights_only=True)
     network.load_state_dict(state["network"])
     return network.eval()
