@@ -143,4 +143,5 @@ def moved(columns: Sequence[int], kept: Sequence[int]) -> list[int]:
 
 
 def _widened(seen: BoolArray, num_columns: int) -> BoolArray:
-    return np.pad(seen, ((0, 0), (0, num_columns - seen.shape[1])))
+    more = np.zeros((len(seen), num_columns - seen.shape[1]), dtype=np.bool_)
+    return np.concatenate([seen, more], axis=1)
