@@ -107,7 +107,6 @@ class MlxModel:
         sequence.append(prompt.token_ids[num_known:])
         return sequence
 
-    @_names_memory_errors
     def propose(
         self,
         sequences: Sequence[MlxSequence],

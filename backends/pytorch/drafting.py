@@ -130,7 +130,6 @@ class TorchDrafting:
         if not self._rows and len(joining) == 1:
             [row] = joining
             self._layout = self._forward.rows([Part(row.sequence.writable(), 0, row.num_held)])
-            self._branches = Branches()
         else:
             self._layout = self._stacked(joining)
         for place, row in enumerate(rows):
@@ -156,8 +155,6 @@ class TorchDrafting:
             positions.append(self._layout.positions[row.place, chosen])
         if moves:
             self._branches.move(moves)
-        else:
-            self._branches = Branches()
         parts += [Part(row.sequence.readable(), 0, row.num_held) for row in joining]
         return self._forward.rows(parts, positions)
 

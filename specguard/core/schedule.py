@@ -196,7 +196,8 @@ class _Schedule:
         if others:
             yield from self._perform(max(others, key=len))
             return
-        yield from self._draw(self._kind_to_draw(groups), groups)
+        kind = self._kind_to_draw(groups)
+        yield from self._draw(kind, groups[kind])
 
     def _perform(self, batch: list[_Open]) -> Iterator[Finished]:
         requests = [problem.request for problem in batch]
@@ -225,9 +226,8 @@ class _Schedule:
         self._num_waits[kind] = 0
         return kind
 
-    def _draw(self, kind: Hashable, groups: dict[Hashable, list[_Open]]) -> Iterator[Finished]:
+    def _draw(self, kind: Hashable, batch: list[_Open]) -> Iterator[Finished]:
         """Draw steps for the problems that want this kind until some of them have theirs."""
-        batch = groups[kind]
         if kind not in self._calls:
             self._calls[kind] = _Call(batch[0].request.drafting())
         call = self._calls[kind]
