@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import specguard
 from specguard.backends.pytorch.kv import KVBuffer
@@ -157,6 +159,56 @@ def test_few_tokens_are_enough_for_top_p(top_p: float, monkeypatch: pytest.Monke
     found = sampling.warp(logits, Sampling(0.9, top_p))
     monkeypatch.setattr(sampling, "_FEW", 10**9)
     torch.testing.assert_close(found, sampling.warp(logits, Sampling(0.9, top_p)), rtol=0, atol=0)
+
+
+@given(
+    scale=st.sampled_from([0.0, 1.0, 5.0, 30.0]),
+    temperature=st.sampled_from([0.0, 0.3, 0.7, 1.5]),
+    top_p=st.sampled_from([0.1, 0.45, 0.8, 0.99, 1.0]),
+    owners=st.lists(st.integers(0, 2), min_size=1, max_size=6),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_sample_is_what_is_drawn_from_the_warped_distribution(
+    scale: float, temperature: float, top_p: float, owners: list[int], seed: int
+) -> None:
+    from specguard.backends.pytorch.sampling import draw, sample, warp
+
+    generator = np.random.default_rng(seed)
+    # Whole numbers tie, and peaked rows stand beside flat ones.
+    logits = torch.from_numpy(generator.normal(size=(3, 200)).round(1) * [[scale], [scale], [1.0]])
+    rows = torch.tensor(owners)
+    uniforms = generator.random(len(owners), dtype=np.float32)
+    sampling = Sampling(temperature, top_p)
+    wanted = draw(warp(logits, sampling)[rows], torch.from_numpy(uniforms))
+    assert sample(logits, sampling, uniforms, rows).tolist() == wanted.tolist()
+    if len(owners) == 3:
+        whole = draw(warp(logits, sampling), torch.from_numpy(uniforms))
+        assert sample(logits, sampling, uniforms).tolist() == whole.tolist()
+
+
+def test_tokens_are_described_alike_in_whatever_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    from specguard.backends.pytorch import trail
+
+    draft = specguard.load("tiny", backend="cpu").draft
+    assert draft is not None
+    prompt = draft.tokenizer.encode_prompt(PROBLEM, None, False)
+    uniforms = np.random.default_rng(0).random((2, 3, 12), dtype=np.float32)
+    found = []
+    for most in 0, 5000, 2**20:
+        monkeypatch.setattr(trail, "_MOST_LOGITS", most)
+        drafting = draft.drafting(3, Sampling(1.5, 1.0))
+        sequences = [draft.start(prompt), draft.start(Prompt(prompt.token_ids[:-2], (0, 1)))]
+        for sequence, draws, cap in zip(sequences, uniforms, (5, 12), strict=True):
+            drafting.add(sequence, Boundary("", frozenset(), cap), draws[:, :cap])
+        # One leaves early: what is left is of the other alone.
+        done = dict(drafting.run(1)) | dict(drafting.run(1))
+        found.append([one for sequence in sequences for one in done[sequence]])
+    for candidates in zip(*found, strict=True):
+        for one in candidates[1:]:
+            assert one.token_ids == candidates[0].token_ids
+            for name in "token_logprobs", "token_entropies", "embedding":
+                expected = getattr(candidates[0], name)
+                np.testing.assert_allclose(getattr(one, name), expected, rtol=0, atol=1e-6)
 
 
 def test_a_drafting_that_waits_for_others_to_join_holds_no_memory() -> None:

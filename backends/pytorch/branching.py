@@ -81,9 +81,11 @@ class Branches:
                         row, slot, token_id, branch.position + 1, columns, [index]
                     )
                     parents.append(number)
-        own = np.zeros((len(parents), self.width), dtype=np.bool_)
-        own[np.arange(len(parents)), [self.branches[parent].slot for parent in parents]] = True
-        self.seen = np.concatenate([self.seen[parents], own], axis=1)
+        seen = np.zeros((len(parents), first_new + self.width), dtype=np.bool_)
+        seen[:, :first_new] = self.seen[parents]
+        own = [first_new + self.branches[parent].slot for parent in parents]
+        seen[range(len(parents)), own] = True
+        self.seen = seen
         self.branches = list(grown.values())
 
     @property

@@ -4,18 +4,17 @@ Each sequence is a row of one buffer and its candidates are branches of that row
 leaves, who comes joins the passes under way: the rows are then laid out anew.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from specguard.backends.pytorch.branching import Branches, moved
 from specguard.backends.pytorch.forward import Forward, Layout
 from specguard.backends.pytorch.kv import Handle, KVBuffer, Part, TorchSequence
-from specguard.backends.pytorch.sampling import describe, draw, warp
+from specguard.backends.pytorch.sampling import draw_from, sample, warp
+from specguard.backends.pytorch.trail import Trail
 from specguard.backends.verbs import (
     Draft,
     OpenDrafts,
@@ -55,21 +54,6 @@ class _Row:
         return all(draft.finish is not None for draft in self.drafts.values())
 
 
-@dataclass(frozen=True, slots=True)
-class _Drawn:
-    """One token of each candidate in ``alive`` [N]: what the pass said of it.
-
-    ``owners`` [N] are rows of ``hidden`` [A, H] and ``probs`` [A, V], one for each branch.
-    """
-
-    alive: list[int]
-    owners: list[int]
-    logprobs: Tensor
-    entropies: Tensor
-    hidden: Tensor
-    probs: Tensor | None
-
-
 class TorchDrafting:
     """A `Drafting` on torch."""
 
@@ -93,8 +77,7 @@ class TorchDrafting:
         self._branches = Branches()
         self._layout: Layout | None = None
         self._num_rows = 0  # of the layout, those that are done among them
-        self._trail: list[_Drawn] = []
-        self._num_forgotten = 0  # passes before the trail
+        self._trail = Trail()
         self._open = OpenDrafts(pieces, num_candidates)
 
     def add(self, sequence: TorchSequence, boundary: Boundary, uniforms: FloatArray) -> None:
@@ -104,8 +87,7 @@ class TorchDrafting:
         sequence.readable()
         drafts = self._open.add(boundary, uniforms)
         sequence.version += 1  # the columns behind the sequence are about to be written
-        first_pass = self._num_forgotten + len(self._trail)
-        self._joining.append(_Row(sequence, sequence.version, drafts, first_pass))
+        self._joining.append(_Row(sequence, sequence.version, drafts, self._trail.end))
 
     @torch.inference_mode()
     def run(self, num_wanted: int) -> list[tuple[TorchSequence, list[Candidate]]]:
@@ -173,18 +155,13 @@ class TorchDrafting:
         alive, owners = branches.alive, branches.owners
         # Where each branch has one candidate they are the same rows.
         rows = self._forward.tensor(owners) if len(owners) != len(places) else None
-        probs: Tensor | None = None
-        if self._keeps_distributions or not self._sampling.is_greedy:
-            probs = warp(logits, self._sampling)
+        probs = warp(logits, self._sampling) if self._keeps_distributions else None
+        uniforms = self._open.uniforms(alive)
         if probs is None or self._sampling.is_greedy:
-            ids = logits.argmax(-1)
-            ids = ids if rows is None else ids[rows]
+            ids = sample(logits, self._sampling, uniforms, rows)
         else:
-            wanted = self._forward.tensor(self._open.uniforms(alive))
-            ids = draw(probs if rows is None else probs[rows], wanted)
-        logprobs, entropies = describe(logits, ids, rows)
-        kept = probs if self._keeps_distributions else None
-        self._trail.append(_Drawn(alive, owners, logprobs, entropies, hidden, kept))
+            ids = draw_from(probs, uniforms, rows)
+        self._trail.add(alive, owners, ids, logits, hidden, probs)
         branches.take(self._open.drafts, ids.tolist())
 
     def _finished(self, rows: Sequence[_Row]) -> list[tuple[TorchSequence, list[Candidate]]]:
@@ -192,23 +169,8 @@ class TorchDrafting:
         if not rows:
             return []
         drafts = {number: draft for row in rows for number, draft in row.drafts.items()}
-        trail = self._trail[min(row.first_pass for row in rows) - self._num_forgotten :]
-        places = {number: place for place, number in enumerate(drafts)}
-        # Tokens of these candidates among all that were drawn, and the branches they came from.
-        mine, owners, sources = [], [], []
-        num_drawn = num_branches = 0
-        for drawn in trail:
-            for offset, (number, owner) in enumerate(zip(drawn.alive, drawn.owners, strict=True)):
-                if number in places:
-                    mine.append(num_drawn + offset)
-                    owners.append(places[number])
-                    sources.append(num_branches + owner)
-            num_drawn += len(drawn.alive)
-            num_branches += len(drawn.hidden)
-        chosen, owning = self._forward.tensor(mine), self._forward.tensor(owners)
-        hidden = torch.cat([drawn.hidden for drawn in trail])[self._forward.tensor(sources)]
-        sums = hidden.new_zeros(len(drafts), hidden.shape[1], dtype=torch.float32)
-        sums.index_add_(0, owning, hidden.float())
+        traces = self._trail.gather(min(row.first_pass for row in rows), list(drafts))
+        owning = [(row, draft) for row in rows for draft in row.drafts.values()]
         handles = [
             Handle(
                 sequence=row.sequence,
@@ -216,44 +178,22 @@ class TorchDrafting:
                 buffer=row.held,
                 row=row.place,
                 columns=draft.columns,
-                distributions=self._distributions(trail, number),
+                distributions=distributions,
             )
-            for row in rows
-            for number, draft in row.drafts.items()
+            for (row, draft), distributions in zip(owning, traces.distributions, strict=True)
         ]
         candidates = iter(
             finish_candidates(
                 self._name,
                 self._tokenizer,
                 list(drafts.values()),
-                np.array(owners),
-                _numpy(torch.cat([drawn.logprobs for drawn in trail])[chosen]),
-                _numpy(torch.cat([drawn.entropies for drawn in trail])[chosen]),
-                _numpy(sums),
+                traces.owners,
+                traces.logprobs,
+                traces.entropies,
+                traces.hidden_sums,
                 handles,
             )
         )
-        self._forget(drafts)
+        self._open.drop(drafts)
+        self._trail.forget(min((row.first_pass for row in self._rows), default=self._trail.end))
         return [(row.sequence, list(islice(candidates, self._num_candidates))) for row in rows]
-
-    def _distributions(self, trail: Sequence[_Drawn], number: int) -> Tensor | None:
-        """What a candidate's tokens were drawn from, [n, V], where that is kept."""
-        kept = [
-            drawn.probs[drawn.owners[drawn.alive.index(number)]]
-            for drawn in trail
-            if drawn.probs is not None and number in drawn.alive
-        ]
-        return torch.stack(kept) if kept else None
-
-    def _forget(self, numbers: Iterable[int]) -> None:
-        """Drop what only these candidates needed."""
-        self._open.drop(numbers)
-        known = self._num_forgotten + len(self._trail)
-        first = min((row.first_pass for row in self._rows), default=known)
-        del self._trail[: first - self._num_forgotten]
-        self._num_forgotten = first
-
-
-def _numpy(tensor: Tensor) -> FloatArray:
-    array: FloatArray = tensor.float().cpu().numpy()
-    return array

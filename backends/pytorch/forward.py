@@ -43,6 +43,8 @@ class Layout:
 
     def visible(self, inside: Tensor) -> Tensor:
         """The mask [B, 1, q, columns] of queries that see all held columns and ``inside``."""
+        if not self.is_held.shape[1]:
+            return inside.unsqueeze(1)
         held = self.is_held.unsqueeze(1).expand(-1, inside.shape[1], -1)
         return torch.cat([held, inside], 2).unsqueeze(1)
 
@@ -94,11 +96,14 @@ class Forward:
         self._window = getattr(config, "sliding_window", None)
         self._has_own_attention = config._attn_implementation == ATTENTION_NAME
         self._placeholder = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        # transformers' own attention is used to the lowest number instead of infinity.
+        lowest = float("-inf") if self._has_own_attention else torch.finfo(model.dtype).min
+        self._open_entry = torch.zeros((), dtype=model.dtype, device=self.device)
+        self._closed_entry = torch.full_like(self._open_entry, lowest)
         self._head_input: Tensor | None = None
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Module):
             raise SpecguardError(f"{name} has no output head: it is not a causal language model")
-        self._head = head
         head.register_forward_pre_hook(self._keep_head_input)
         self._lean: LeanLayers | None = None
         self._probe(name)
@@ -111,9 +116,7 @@ class Forward:
 
     def tensor(self, values: Sequence[object] | NDArray[np.generic]) -> Tensor:
         """Numbers as a tensor beside the model."""
-        if isinstance(values, np.ndarray):
-            return torch.from_numpy(values).to(self.device)
-        return torch.tensor(values, device=self.device)
+        return torch.from_numpy(np.asarray(values)).to(self.device)
 
     def layout(self, buffers: list[KVBuffer], lengths: list[int]) -> Layout:
         """Rows for a pass: a single buffer as it is, several stacked."""
@@ -187,8 +190,7 @@ class Forward:
         attention.captures = [self._row_capture(reading, first_column) for reading in readings]
         if self._lean is not None:
             hidden = self._lean(token_grid, position_grid, layout.buffer, first_column, attention)
-            logits: Tensor = self._head(hidden)
-            self._head_input = None
+            logits: Tensor = self._lean.logits(hidden)
         else:
             output = self._call(self.model, layout, token_grid, position_grid, attention)
             logits = output.logits
@@ -231,12 +233,7 @@ class Forward:
 
     def _mask(self, layout: Layout, seen: Tensor) -> Tensor:
         """What is added to scores, [B, 1, q, columns]: once for a pass and not in every layer."""
-        visible = layout.visible(seen)
-        hidden = torch.zeros_like(visible, dtype=self.model.dtype)
-        # transformers' own attention is used to the lowest number instead of infinity.
-        is_ours = self._has_own_attention
-        lowest = float("-inf") if is_ours else torch.finfo(self.model.dtype).min
-        return hidden.masked_fill_(~visible, lowest)
+        return torch.where(layout.visible(seen), self._open_entry, self._closed_entry)
 
     def _masks_by_layer(
         self, layout: Layout, positions: Tensor, mask: Tensor

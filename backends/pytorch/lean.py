@@ -58,6 +58,7 @@ class LeanLayers:
         self._floor = torch.tensor((width * float(config.rms_norm_eps)) ** 0.5)
         self._norm = self._base.norm.weight.data * width**0.5
         self._layers = [_fuse(index, layer) for index, layer in enumerate(self._base.layers)]
+        self._head = model.get_output_embeddings()
         self._turns = torch.empty(0)  # [positions, 2, 1, head_dim], grows with the positions
 
     def __call__(
@@ -104,6 +105,10 @@ class LeanLayers:
                 states += layer.down_bias
         return self._normed(states, self._norm).view(batch, length, -1)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the head makes of final hidden states; without the hooks of a module's call."""
+        return functional.linear(hidden, self._head.weight, self._head.bias)
+
     def _normed(self, states: Tensor, gain: Tensor) -> Tensor:
         """RMS norm; ``gain`` is times the root of the width. Half the time of torch's own."""
         length = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
@@ -134,6 +139,7 @@ def lean_layers(model: PreTrainedModel) -> LeanLayers | None:
         and rope.get("rope_type", "default") in _ROPE_TYPES
         and layer_types == {"full_attention"}
         and config.hidden_act == "silu"
+        and type(model.get_output_embeddings()) is nn.Linear
         and all(
             type(module) is nn.Linear
             for layer in model.base_model.layers

@@ -8,6 +8,7 @@ from specguard.core.model import Candidate, FloatArray, Sampling
 
 _CHUNK = 128
 _FEW = 64  # tokens that nearly always hold the mass that top-p keeps
+_ROUNDING = 1e-4  # of sums of probabilities, at most
 
 
 def describe(
@@ -40,10 +41,50 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.is_greedy:
         best = logits.argmax(-1, keepdim=True)
         return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, best, 1.0)
-    probs = (logits.float() / sampling.temperature).softmax(-1)
-    if sampling.top_p < 1:
-        ordered = _ordered(probs, sampling.top_p)
-        is_kept = ordered.cumsum(-1) - ordered < sampling.top_p
+    return _nucleus(_tempered(logits, sampling), sampling.top_p)
+
+
+def sample(
+    logits: Tensor, sampling: Sampling, uniforms: FloatArray, rows: Tensor | None = None
+) -> Tensor:
+    """Token ids [N]: what `draw` takes from `warp`, without either where they are not needed.
+
+    ``logits`` [N, V]; or [A, V], of which token i is drawn from row ``rows[i]``.
+    """
+    if sampling.is_greedy:
+        best: Tensor | None = logits.argmax(-1)
+    else:
+        probs = _tempered(logits, sampling)
+        best = _only_choice(probs, sampling.top_p)
+    if best is not None:
+        return best if rows is None else best[rows]
+    return draw_from(_nucleus(probs, sampling.top_p), uniforms, rows)
+
+
+def draw_from(probs: Tensor, uniforms: FloatArray, rows: Tensor | None = None) -> Tensor:
+    """`draw` from row ``rows[i]`` of ``probs`` [A, V] with ``uniforms[i]``."""
+    wanted = torch.from_numpy(uniforms).to(probs.device)
+    return draw(probs if rows is None else probs[rows], wanted)
+
+
+def _tempered(logits: Tensor, sampling: Sampling) -> Tensor:
+    return (logits.float() / sampling.temperature).softmax(-1)
+
+
+def _only_choice(probs: Tensor, top_p: float) -> Tensor | None:
+    """The token [N] that top-p leaves of each row where it leaves one in all of them, else None."""
+    # On a GPU, looking whether it does would wait for the device.
+    if probs.device.type != "cpu" or top_p >= 1:
+        return None
+    highest, best = probs.max(-1)
+    # Above a half nothing ties with it.
+    return best if bool((highest > max(top_p, 0.5) + _ROUNDING).all()) else None
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    if top_p < 1:
+        ordered = _ordered(probs, top_p)
+        is_kept = ordered.cumsum(-1) - ordered < top_p
         smallest = torch.where(is_kept, ordered, 1.0).amin(-1, keepdim=True)
         probs = torch.where(probs < smallest, 0.0, probs)
         probs = probs / probs.sum(-1, keepdim=True)
@@ -55,7 +96,7 @@ def _ordered(probs: Tensor, top_p: float) -> Tensor:
     # On a GPU, looking whether they do would wait for the device.
     if probs.device.type == "cpu" and probs.shape[-1] > _FEW:
         ordered = probs.topk(_FEW).values
-        if bool((ordered.sum(-1) > top_p + 1e-4).all()):
+        if bool((ordered.sum(-1) > top_p + _ROUNDING).all()):
             return ordered
     return probs.sort(-1, descending=True).values
 

@@ -1,0 +1,150 @@
+"""What the passes of a drafting said of the tokens that were drawn, kept until these are needed.
+
+Log-probabilities and entropies of many passes are worked out in one go: a few large operations cost
+less than many small ones. Knows nothing of rows and of when a step ends.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from specguard.backends.pytorch.sampling import describe
+from specguard.core.model import FloatArray
+
+_MOST_LOGITS = 2**20  # numbers that wait to be described
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One token [N] of each candidate in ``alive``.
+
+    ``owners`` [N] are rows of ``logits`` [A, V], ``hidden`` [A, H] and ``probs`` [A, V].
+    """
+
+    alive: list[int]
+    owners: list[int]
+    token_ids: Tensor
+    logits: Tensor
+    hidden: Tensor
+    probs: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Traces:
+    """What there is of some candidates, token by token in order of drawing.
+
+    ``owners`` [N] say whose token it is; ``hidden_sums`` [candidates, H] are of the states that
+    predicted them; ``distributions`` [n, V] are what they were drawn from, by candidate, if kept.
+    """
+
+    owners: NDArray[np.integer]
+    logprobs: FloatArray
+    entropies: FloatArray
+    hidden_sums: FloatArray
+    distributions: list[Tensor | None]
+
+
+class Trail:
+    """The passes so far. Passes are numbered from the first one ever."""
+
+    def __init__(self) -> None:
+        self._passes: list[_Pass] = []
+        self._num_forgotten = 0
+        self._described: list[tuple[FloatArray, FloatArray]] = []  # of the first passes
+        self._num_waiting = 0  # logits of the others
+
+    @property
+    def end(self) -> int:
+        """The number of the next pass."""
+        return self._num_forgotten + len(self._passes)
+
+    def add(
+        self,
+        alive: list[int],
+        owners: list[int],
+        token_ids: Tensor,
+        logits: Tensor,
+        hidden: Tensor,
+        probs: Tensor | None,
+    ) -> None:
+        """A pass: of each candidate the token [N] and its row [N] in what was found [A, ...]."""
+        self._passes.append(_Pass(alive, owners, token_ids, logits, hidden, probs))
+        self._num_waiting += logits.numel()
+        if self._num_waiting > _MOST_LOGITS:
+            self._describe()
+
+    def gather(self, first_pass: int, numbers: Sequence[int]) -> Traces:
+        """What the passes from one on hold of these candidates."""
+        self._describe()
+        first = first_pass - self._num_forgotten
+        passes, described = self._passes[first:], self._described[first:]
+        places = {number: place for place, number in enumerate(numbers)}
+        # Their tokens among all that were drawn, and the rows that these came from.
+        mine, owners, sources = [], [], []
+        num_drawn = num_rows = 0
+        for one in passes:
+            for offset, (number, owner) in enumerate(zip(one.alive, one.owners, strict=True)):
+                if number in places:
+                    mine.append(num_drawn + offset)
+                    owners.append(places[number])
+                    sources.append(num_rows + owner)
+            num_drawn += len(one.alive)
+            num_rows += len(one.hidden)
+        hidden = torch.cat([one.hidden for one in passes])
+        device = hidden.device
+        sums = hidden.new_zeros(len(numbers), hidden.shape[1], dtype=torch.float32)
+        states = hidden[torch.tensor(sources, device=device)].float()
+        sums.index_add_(0, torch.tensor(owners, device=device), states)
+        logprobs, entropies = (np.concatenate(parts) for parts in zip(*described, strict=True))
+        return Traces(
+            np.array(owners),
+            logprobs[mine],
+            entropies[mine],
+            sums.cpu().numpy(),
+            [_distributions(passes, number) for number in numbers],
+        )
+
+    def forget(self, first_pass: int) -> None:
+        """Drop all passes before this one."""
+        if first_pass > self._num_forgotten:
+            self._describe()
+            count = first_pass - self._num_forgotten
+            del self._passes[:count], self._described[:count]
+            self._num_forgotten = first_pass
+
+    def _describe(self) -> None:
+        waiting = self._passes[len(self._described) :]
+        if not waiting:
+            return
+        logits = [one.logits for one in waiting]
+        firsts = accumulate(map(len, logits), initial=0)
+        rows = [
+            first + owner
+            for first, one in zip(firsts, waiting, strict=False)
+            for owner in one.owners
+        ]
+        found = describe(
+            torch.cat(logits),
+            torch.cat([one.token_ids for one in waiting]),
+            torch.tensor(rows, device=logits[0].device),
+        )
+        ends = list(accumulate(len(one.alive) for one in waiting))
+        parts = (np.split(part.cpu().numpy(), ends[:-1]) for part in found)
+        self._described += zip(*parts, strict=True)
+        self._num_waiting = 0
+        for one in waiting:
+            one.logits = one.logits[:0]  # described: let it go
+
+
+def _distributions(passes: Sequence[_Pass], number: int) -> Tensor | None:
+    kept = [
+        one.probs[one.owners[one.alive.index(number)]]
+        for one in passes
+        if one.probs is not None and number in one.alive
+    ]
+    return torch.stack(kept) if kept else None
