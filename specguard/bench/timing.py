@@ -21,6 +21,7 @@ from specguard.core.model import FloatArray, Sampling
 from specguard.core.selector import distinct
 
 NUM_ROUNDS = 3  # of a timing that can be taken again; the median counts
+_FEW = 8  # tokens of a turn that only comes between
 Key = tuple[str, str, int]  # model, what, number of candidates
 
 
@@ -64,12 +65,16 @@ def walk(
     """Time the verbs of both models along the first ``num_steps`` greedy steps of the target.
 
     At every step the draft proposes k candidates for each of ``configs``; then both models go on
-    with the target's step. Timed in seconds, as the median of a few rounds where that can be:
+    with the target's step. They take turns as in a solution: what is timed comes after work of the
+    other model, which pushes this one's weights out of a processor's cache. Decode steps of the
+    target do not: there they follow its own reading of the step. Timed in seconds, as the median of
+    a few rounds where that can be:
 
     - ``prefill``: `start`, which reads the prompt but for its last token;
     - ``decode``, at three of the steps: a decode step of each model for k candidates, none of which
       ends. It is what `propose` takes to m tokens less what it takes to one, over m - 1, with m the
       longest candidate of the draft. What a proposal takes once, whatever its length, is not in it;
+      a cold cache is;
     - ``extend`` and ``extend captured``: reading the target's step without and with attention;
     - ``score``: one pass over the k candidates, without attention;
     - ``verify`` k: the pass that verifies in the target: `score` over the candidates that differ
@@ -87,6 +92,7 @@ def walk(
         found.add((role, "prefill", 1), seconds, len(prompt.token_ids) - 1)
         pair.append(_Side(role, model, sequence, prompt, found))
     drafting, judging = pair
+    drafting.before_timing, judging.before_timing = judging.read, drafting.draw
     with closing(drafting.sequence), closing(judging.sequence):
         # A few steps over the whole length: the time grows with the context.
         decoding = {num_steps * part // 4 for part in (1, 2, 3)}
@@ -102,7 +108,8 @@ def walk(
                 if index in decoding and cap > 1:
                     num_tokens = min(cap, max(2, *(len(one.token_ids) for one in candidates)))
                     drafting.time_decode(count, sampling, num_tokens)
-                    judging.time_decode(count, sampling if count > 1 else GREEDY, num_tokens)
+                    rewriting = sampling if count > 1 else GREEDY
+                    judging.time_decode(count, rewriting, num_tokens, takes_turns=False)
                 [kept, *_] = drafting.propose(count, sampling, boundary)
                 drafting.time_commit(kept, count)
             [own] = judging.propose(1, GREEDY, boundary)
@@ -126,6 +133,7 @@ class _Side:
     ) -> None:
         self.role, self.model, self.sequence = role, model, sequence
         self.prompt, self.found = prompt, found
+        self.before_timing: Callable[[], None] = lambda: None  # the other model's turn
         self._decode_steps: dict[int, list[float]] = {}
 
     @property
@@ -138,12 +146,29 @@ class _Side:
         [candidates] = self.model.propose([self.sequence], count, sampling, [boundary], draws)
         return candidates
 
-    def time_decode(self, count: int, sampling: Sampling, num_tokens: int) -> None:
+    def draw(self) -> None:
+        """Work of a draft's kind: a few decode steps."""
+        self.propose(1, GREEDY, Boundary("", frozenset(), min(_FEW, self.room)))
+
+    def read(self) -> None:
+        """Work of a verifier's kind: a pass over a few tokens, which are forgotten again."""
+        length = len(self.sequence.token_ids)
+        self.model.extend([self.sequence], [self.sequence.token_ids[-min(_FEW, self.room) :]])
+        self.model.rewind(self.sequence, length)
+
+    def _timed(self, work: Callable[[], R]) -> tuple[float, R]:
+        self.before_timing()
+        return self.found.timed(work)
+
+    def time_decode(
+        self, count: int, sampling: Sampling, num_tokens: int, takes_turns: bool = True
+    ) -> None:
+        timed = self._timed if takes_turns else self.found.timed
         none: frozenset[int] = frozenset()
         short, long = Boundary("", none, 1), Boundary("", none, num_tokens)
         for _ in range(NUM_ROUNDS):
+            whole, _ = timed(partial(self.propose, count, sampling, long))
             first, _ = self.found.timed(partial(self.propose, count, sampling, short))
-            whole, _ = self.found.timed(partial(self.propose, count, sampling, long))
             self._decode_steps.setdefault(count, []).append((whole - first) / (num_tokens - 1))
 
     def add_decode_steps(self) -> None:
@@ -154,7 +179,7 @@ class _Side:
     def time_score(self, candidates: list[Candidate]) -> None:
         ids = [one.token_ids for one in candidates]
         seconds = median(
-            self.found.timed(lambda: self.model.score([self.sequence], [ids]))[0]
+            self._timed(lambda: self.model.score([self.sequence], [ids]))[0]
             for _ in range(NUM_ROUNDS)
         )
         self.found.add((self.role, "score", len(ids)), seconds, sum(map(len, ids)))
@@ -170,7 +195,7 @@ class _Side:
             return
         rounds = []
         for _ in range(NUM_ROUNDS):
-            seconds, [observations] = self.found.timed(
+            seconds, [observations] = self._timed(
                 lambda: self.model.score([self.sequence], [ids], [capture])
             )
             rounds.append(seconds)
@@ -202,7 +227,7 @@ class _Side:
         length = len(self.sequence.token_ids)
         rounds = []
         for _ in range(NUM_ROUNDS):
-            seconds, _ = self.found.timed(
+            seconds, _ = self._timed(
                 lambda: self.model.extend([self.sequence], [token_ids], [capture])
             )
             rounds.append(seconds)
