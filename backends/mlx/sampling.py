@@ -1,4 +1,11 @@
-"""From logits to tokens: log-probabilities, warping by temperature and top-p, inverse CDF."""
+"""From logits to tokens: log-probabilities, warping by temperature and top-p, inverse CDF.
+
+What runs for every token is compiled, once for each number of rows: fewer operations to schedule.
+``MLX_DISABLE_COMPILE=1`` switches that off.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import mlx.core as mx
 
@@ -7,8 +14,15 @@ from specguard.core.model import Candidate, FloatArray, Sampling
 
 _BLOCK = 256  # token ids
 _LOWEST = -1e30
+F = TypeVar("F", bound=Callable[..., object])
 
 
+def _compiled(work: F) -> F:
+    """`mx.compile`, which does not tell types; arguments other than arrays are constants."""
+    return cast(F, mx.compile(work))
+
+
+@_compiled
 def describe(logits: mx.array, token_ids: mx.array) -> tuple[mx.array, mx.array]:
     """Log-prob of a token and entropy (nats) of each row [N, V], at temperature 1, in float32."""
     logits = logits.astype(mx.float32)
@@ -32,16 +46,22 @@ def warp(logits: mx.array, sampling: Sampling) -> mx.array:
     if sampling.is_greedy:
         best = mx.argmax(logits, axis=-1)
         return (mx.arange(logits.shape[-1]) == best[:, None]).astype(mx.float32)
-    probs = mx.softmax(logits.astype(mx.float32) / sampling.temperature, axis=-1)
-    if sampling.top_p < 1:
+    return _warped(logits, sampling.temperature, sampling.top_p)
+
+
+@_compiled
+def _warped(logits: mx.array, temperature: float, top_p: float) -> mx.array:
+    probs = mx.softmax(logits.astype(mx.float32) / temperature, axis=-1)
+    if top_p < 1:
         ordered = mx.sort(probs, axis=-1)[:, ::-1]
-        is_kept = mx.cumsum(ordered, axis=-1) - ordered < sampling.top_p
+        is_kept = mx.cumsum(ordered, axis=-1) - ordered < top_p
         smallest = mx.where(is_kept, ordered, 1.0).min(-1, keepdims=True)
         probs = mx.where(probs < smallest, 0.0, probs)
         probs = probs / probs.sum(-1, keepdims=True)
     return probs
 
 
+@_compiled
 def draw(probs: mx.array, uniforms: mx.array) -> mx.array:
     """The inverse CDF [N] of weights [N, V], in order of token ids; rows need not sum to 1.
 
