@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -485,3 +487,31 @@ def test_a_batch_goes_from_thread_to_thread(settings: dict[str, Any]) -> None:
         assert one.solution is not None
         answers[one.index] = one.solution.text
     assert [answers[index] for index in range(4)] == [pair.solve(text).text for text in texts]
+
+
+def test_a_thread_of_its_own_solves_and_the_process_ends_well() -> None:
+    script = (
+        "import threading, specguard\n"
+        "pair = specguard.load('tiny', backend='mlx', num_candidates=3)\n"
+        f"worker = threading.Thread(target=lambda: print(pair.solve({PROBLEM!r}).answer))\n"
+        "worker.start()\n"
+        "worker.join()\n"
+    )
+    for _ in range(2):  # what aborts in its end does so more often than not
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.strip() != "None"
+
+
+@pytest.mark.parametrize("settings", [{"method": "target"}, {"num_candidates": 3}])
+def test_compiled_functions_change_no_solution(settings: dict[str, Any]) -> None:
+    pair = specguard.load("tiny", backend="mlx", **settings)
+    compiled = pair.solve(PROBLEM)
+    mx.disable_compile()
+    try:
+        plain = pair.solve(PROBLEM)
+    finally:
+        mx.enable_compile()
+    assert compiled.text == plain.text
+    for one, other in zip(compiled.steps, plain.steps, strict=True):
+        assert one.signals == pytest.approx(other.signals, abs=1e-4)

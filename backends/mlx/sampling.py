@@ -4,7 +4,9 @@ What runs for every token is compiled, once for each number of rows: fewer opera
 ``MLX_DISABLE_COMPILE=1`` switches that off.
 """
 
+import threading
 from collections.abc import Callable
+from functools import wraps
 from typing import TypeVar, cast
 
 import mlx.core as mx
@@ -18,8 +20,19 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def _compiled(work: F) -> F:
-    """`mx.compile`, which does not tell types; arguments other than arrays are constants."""
-    return cast(F, mx.compile(work))
+    """`mx.compile`, which does not tell types; arguments other than arrays are constants.
+
+    Only in the main thread: in another one, its cache can abort the process at its end (MLX 0.32,
+    unless that thread ends with ``mx.clear_streams()``).
+    """
+    compiled = mx.compile(work)
+
+    @wraps(work)
+    def chosen(*args: object) -> object:
+        is_main = threading.current_thread() is threading.main_thread()
+        return compiled(*args) if is_main else work(*args)
+
+    return cast(F, chosen)
 
 
 @_compiled
