@@ -114,7 +114,7 @@ def test_lean_layers_do_what_the_model_s_own_do(
     from specguard.backends.pytorch.loading import load_model
 
     lean = load_model(str(checkpoint))
-    monkeypatch.setenv("SPECGUARD_LEAN", "0")
+    monkeypatch.setenv("SPECGUARD_WITHOUT", "lean")
     eager = load_model(str(checkpoint))
     assert lean._forward._lean is not None
     assert eager._forward._lean is None

@@ -1,7 +1,6 @@
 """From logits to tokens: log-probabilities, warping by temperature and top-p, inverse CDF.
 
 What runs for every token is compiled, once for each number of rows: fewer operations to schedule.
-``MLX_DISABLE_COMPILE=1`` switches that off.
 """
 
 import threading
@@ -13,6 +12,7 @@ import mlx.core as mx
 
 from specguard.backends.verbs import count_accepted
 from specguard.core.model import Candidate, FloatArray, Sampling
+from specguard.core.shortcuts import uses
 
 _BLOCK = 256  # token ids
 _LOWEST = -1e30
@@ -30,7 +30,7 @@ def _compiled(work: F) -> F:
     @wraps(work)
     def chosen(*args: object) -> object:
         is_main = threading.current_thread() is threading.main_thread()
-        return compiled(*args) if is_main else work(*args)
+        return compiled(*args) if is_main and uses("compiled") else work(*args)
 
     return cast(F, chosen)
 

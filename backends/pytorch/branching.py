@@ -32,11 +32,14 @@ class Branch:
 class Branches:
     """All unfinished candidates of several rows.
 
+    Where they are not ``merged``, a candidate has a branch of its own from its first token on.
+
     Every pass gives each row as many columns as the row with the most branches has queries;
     ``seen`` [branches, columns] are those before the pass that a branch may look at.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, merged: bool = True) -> None:
+        self._merged = merged
         self.branches: list[Branch] = []
         self.seen: BoolArray = np.zeros((0, 0), dtype=np.bool_)
 
@@ -61,7 +64,7 @@ class Branches:
 
         The branches have been forwarded, into columns behind all others.
         """
-        grown: dict[tuple[int, int], Branch] = {}
+        grown: dict[tuple[int, ...], Branch] = {}
         parents: list[int] = []
         tokens = iter(token_ids)
         num_queries: dict[int, int] = {}
@@ -72,14 +75,14 @@ class Branches:
                 token_id = next(tokens)
                 if not drafts[index].take(token_id):
                     drafts[index].columns = columns
-                elif (number, token_id) in grown:
-                    grown[number, token_id].members.append(index)
+                    continue
+                key = (number, token_id) if self._merged else (number, token_id, index)
+                if key in grown:
+                    grown[key].members.append(index)
                 else:
                     slot = num_queries.get(row, 0)
                     num_queries[row] = slot + 1
-                    grown[number, token_id] = Branch(
-                        row, slot, token_id, branch.position + 1, columns, [index]
-                    )
+                    grown[key] = Branch(row, slot, token_id, branch.position + 1, columns, [index])
                     parents.append(number)
         seen = np.zeros((len(parents), first_new + self.width), dtype=np.bool_)
         seen[:, :first_new] = self.seen[parents]

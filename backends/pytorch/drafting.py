@@ -23,6 +23,7 @@ from specguard.backends.verbs import (
     finish_candidates,
 )
 from specguard.core.model import Boundary, Candidate, FloatArray, Sampling, Tokenizer
+from specguard.core.shortcuts import uses
 from specguard.core.text import PieceTable
 
 
@@ -74,7 +75,7 @@ class TorchDrafting:
         self._keeps_distributions = keep_distributions
         self._rows: list[_Row] = []
         self._joining: list[_Row] = []
-        self._branches = Branches()
+        self._branches = Branches(merged=uses("tree"))
         self._layout: Layout | None = None
         self._num_rows = 0  # of the layout, those that are done among them
         self._trail = Trail()
@@ -102,7 +103,8 @@ class TorchDrafting:
             self._rows = [row for row in self._rows if not row.is_done]
         found = self._finished(done)
         if not self._rows:  # whoever waits for others to join holds no memory
-            self._layout, self._num_rows, self._branches = None, 0, Branches()
+            self._layout, self._num_rows = None, 0
+            self._branches = Branches(merged=uses("tree"))
         return found
 
     def _arrange(self) -> None:

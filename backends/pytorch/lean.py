@@ -1,11 +1,9 @@
 """The passes of a Llama or Qwen2 without transformers' layers around them: plain matrix products.
 
 On a CPU, the Python of an eager pass costs more than the arithmetic of a small model. Used in
-single precision on the CPU, where a model passes the comparison with its own layers at load;
-``SPECGUARD_LEAN=0`` switches it off.
+single precision on the CPU, where a model passes the comparison with its own layers at load.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +15,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from specguard.backends.pytorch.attention import AttentionPass, attend
 from specguard.backends.pytorch.kv import KVBuffer
+from specguard.core.shortcuts import uses
 
-_SWITCH = "SPECGUARD_LEAN"
 _ROPE_TYPES = ("default", "linear", "llama3")
 _FIRST_POSITIONS = 512
 
@@ -132,7 +130,7 @@ def lean_layers(model: PreTrainedModel) -> LeanLayers | None:
     rope = getattr(config, "rope_parameters", None) or {}
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     is_plain = (
-        os.environ.get(_SWITCH, "1") != "0"
+        uses("lean")
         and type(model) in (LlamaForCausalLM, Qwen2ForCausalLM)
         and model.device.type == "cpu"
         and {parameter.dtype for parameter in model.parameters()} == {torch.float32}

@@ -33,6 +33,7 @@ from specguard.core.model import (
     Sampling,
     Tokenizer,
 )
+from specguard.core.shortcuts import uses
 from specguard.core.text import PieceTable
 
 
@@ -190,7 +191,8 @@ class TorchModel:
         trees = []
         for sequence, found in zip(sequences, continuations, strict=True):
             check_room(sequence, max(map(len, found)), self.context_limit)
-            trees.append(Tree.of(sequence.token_ids[-1], sequence.num_cached, found))
+            pending, num_cached = sequence.token_ids[-1], sequence.num_cached
+            trees.append(Tree.of(pending, num_cached, found, merged=uses("tree")))
         readings = [
             Reading(capture, row, queries)
             for row, (tree, capture) in enumerate(zip(trees, captures, strict=True))

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from specguard.backends.verbs import count_accepted
 from specguard.core.model import Candidate, FloatArray, Sampling
+from specguard.core.shortcuts import uses
 
 _CHUNK = 128
 _FEW = 64  # tokens that nearly always hold the mass that top-p keeps
@@ -74,7 +75,7 @@ def _tempered(logits: Tensor, sampling: Sampling) -> Tensor:
 def _only_choice(probs: Tensor, top_p: float) -> Tensor | None:
     """The token [N] that top-p leaves of each row where it leaves one in all of them, else None."""
     # On a GPU, looking whether it does would wait for the device.
-    if probs.device.type != "cpu" or top_p >= 1:
+    if probs.device.type != "cpu" or top_p >= 1 or not uses("only-choice"):
         return None
     highest, best = probs.max(-1)
     # Above a half nothing ties with it.

@@ -25,14 +25,23 @@ class Tree:
     visible: BoolArray
 
     @classmethod
-    def of(cls, pending: int, num_cached: int, continuations: Sequence[Sequence[int]]) -> "Tree":
-        """The tree behind a sequence's cached columns and its pending token."""
+    def of(
+        cls,
+        pending: int,
+        num_cached: int,
+        continuations: Sequence[Sequence[int]],
+        merged: bool = True,
+    ) -> "Tree":
+        """The tree behind a sequence's cached columns and its pending token.
+
+        Where it is not ``merged``, continuations share that token alone.
+        """
         tokens, positions, places = [pending], [num_cached], []
-        known: dict[tuple[int, int], int] = {}  # place of a token behind a place
-        for token_ids in continuations:
+        known: dict[tuple[int, ...], int] = {}  # place of a token behind a place
+        for number, token_ids in enumerate(continuations):
             path = [0]
             for token_id in token_ids[:-1]:
-                key = path[-1], token_id
+                key = (path[-1], token_id) if merged else (path[-1], token_id, number)
                 if key not in known:
                     known[key] = len(tokens)
                     tokens.append(token_id)

@@ -19,6 +19,7 @@ from specguard.core.records import Decision, Solution, StepRecord
 from specguard.core.requests import Request, Work, perform
 from specguard.core.reward import RewardModel, RewardSequence
 from specguard.core.selector import Embedder, Selection, best_verdict, distinct, select_medoid
+from specguard.core.shortcuts import uses
 from specguard.core.verifier import Verdict, by_reward, verify
 from specguard.core.writing import Writer, Written
 
@@ -230,7 +231,8 @@ class _Run:
         """
         drafted = self.drafted
         is_held = drafted.observation is not None and not drafted.scored
-        if not drafted.seen or not self.config.rewrite_sampling.is_greedy:
+        is_greedy = self.config.rewrite_sampling.is_greedy
+        if not drafted.seen or not is_greedy or not uses("beginning"):
             if is_held:
                 self.writer.take_back(self.config.verifier.model)
             return None

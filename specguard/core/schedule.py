@@ -18,6 +18,7 @@ from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.model import Candidate, Drafting, LanguageModel, Prompt, TokenSequence
 from specguard.core.records import Solution, StepRecord
 from specguard.core.requests import Propose, Request, Start, perform, shared_time
+from specguard.core.shortcuts import uses
 
 _SHORTEST_PREFIX = 8  # tokens; a shorter beginning costs less to read than to look after
 # Buffers double when they are full, and a batch is laid side by side in one more buffer.
@@ -228,6 +229,9 @@ class _Schedule:
 
     def _draw(self, kind: Hashable, batch: list[_Open]) -> Iterator[Finished]:
         """Draw steps for the problems that want this kind until some of them have theirs."""
+        if not uses("joining"):
+            yield from self._perform(batch)
+            return
         if kind not in self._calls:
             self._calls[kind] = _Call(batch[0].request.drafting())
         call = self._calls[kind]
