@@ -1,7 +1,8 @@
 """Measurements of the backends: ``python -m specguard.backends.measure --help``.
 
-``compare`` solves the same problems on two backends, ``decoding`` times plain decoding beside the
-backend's own library, ``capture`` times a verifying pass with and without attention capture.
+``compare`` solves the same problems on two backends, ``memory`` says how much one takes,
+``decoding`` times plain decoding beside the backend's own library. What the capture of attention
+costs, ``specguard bench context`` says.
 """
 
 import subprocess
@@ -14,11 +15,10 @@ from statistics import median
 from typing import Any
 
 import click
-import numpy as np
 
 from specguard import Engine, load
 from specguard.bench.memory import peak_mebibytes
-from specguard.core import GREEDY, Capture, Solution
+from specguard.core import GREEDY, Solution
 from specguard.core.config import PRESETS
 from specguard.core.records import StepRecord
 from specguard.models.pairs import BUILT_IN_PAIR, find_pair
@@ -117,69 +117,6 @@ def decoding(count: int, backend: str) -> None:
         f"{count} problems, {num_tokens} tokens, {num_equal} texts equal. generate: "
         f"{sum(theirs):.1f} s, specguard --method target: {sum(ours):.1f} s, ratio {ratio:.3f}"
     )
-
-
-@main.command()
-@click.option("--rounds", default=5, show_default=True)
-@click.option("--lengths", default="512,2048,4096", show_default=True)
-def capture(rounds: int, lengths: str) -> None:
-    """Time ``extend`` over 32 tokens with and without capture, on MLX.
-
-    The model has random weights and the shape of Qwen2.5-0.5B (24 layers) with a small vocabulary;
-    keys and values of the context are random. The ratio is the median over rounds of one pass with
-    capture beside one without.
-    """
-    import mlx.core as mx
-    from mlx_lm.models import qwen2
-
-    from specguard.backends.mlx.decoding import MlxSequence
-    from specguard.backends.mlx.forward import Forward
-    from specguard.backends.mlx.model import MlxModel
-
-    shape = qwen2.ModelArgs(
-        model_type="qwen2",
-        hidden_size=896,
-        num_hidden_layers=24,
-        intermediate_size=4864,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        rms_norm_eps=1e-6,
-        vocab_size=1024,
-    )
-    network = qwen2.Model(shape)
-    mx.eval(network.parameters())
-    forward = Forward(network, "random weights", 1024)
-    tokenizer = load(BUILT_IN_PAIR, backend="mlx", method="draft").draft.tokenizer  # type: ignore[union-attr]
-    model = MlxModel("random weights", forward, tokenizer, 2**20)
-    step = [3 + i for i in range(32)]
-    click.echo("| context | sources | seconds without | seconds with | ratio |")
-    click.echo("|---|---|---|---|---|")
-    for context in map(int, lengths.split(",")):
-        sequence = MlxSequence([3] * context, forward.new_buffer())
-        for layer in range(24):
-            keys, values = (mx.random.normal((1, 2, context - 1, 64)) for _ in range(2))
-            sequence.writable().write(layer, 0, keys, values)
-        mx.eval(sequence.readable().arrays())
-
-        def timed(wanted: Capture | None, sequence: MlxSequence = sequence) -> float:
-            started = time.perf_counter()
-            model.extend([sequence], [step], [wanted])
-            spent = time.perf_counter() - started
-            model.rewind(sequence, len(sequence.token_ids) - len(step))
-            return spent
-
-        for sources in "problem", "context":
-            is_source = np.ones(context, dtype=np.bool_)
-            if sources == "problem":
-                is_source[: context // 4] = False
-            wanted = Capture(is_source)
-            timed(wanted)
-            pairs = [(timed(None), timed(wanted)) for _ in range(rounds)]
-            without, with_capture = (median(column) for column in zip(*pairs, strict=True))
-            ratio = median(second / first for first, second in pairs)
-            click.echo(
-                f"| {context} | {sources} | {without:.3f} | {with_capture:.3f} | {ratio:.3f} |"
-            )
 
 
 def _held_out(count: int) -> Iterator[problems.Problem]:

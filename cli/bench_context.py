@@ -30,13 +30,21 @@ from specguard.cli.output import console
 @click.option(
     "--k", "count", type=click.IntRange(min=1), default=4, show_default=True, help="Candidates."
 )
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Of every timing.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object in place of the table.")
 def context(
-    backend: str, lengths: str, layers: int, hidden: int, count: int, as_json: bool
+    backend: str, lengths: str, layers: int, hidden: int, count: int, rounds: int, as_json: bool
 ) -> None:
     """Time the verbs of a step of 32 tokens behind contexts of several lengths.
 
     The model has random weights. Time may grow with attention's own share, in a straight line.
+    Attention is captured in the last three layers.
     """
     wanted = sorted(numbers(lengths, "--lengths", int))
     if wanted[0] < 1:
@@ -49,7 +57,7 @@ def context(
         err = console(stderr=True)
         lines = list(
             track(
-                time_contexts(model, wanted, count),
+                time_contexts(model, wanted, count, num_rounds=rounds, num_layers=min(3, layers)),
                 description="timing",
                 total=len(wanted),
                 console=err,

@@ -197,9 +197,10 @@ def test_contexts_are_timed_in_order_and_leave_room() -> None:
     for line in lines:
         assert line.seconds.keys() == set(VERBS)
         assert 0 < line.step_seconds < sum(line.seconds.values())
-    table = context_table([ContextLine(1000, dict.fromkeys(VERBS, 0.001))])
+    table = context_table([ContextLine(1000, dict.fromkeys(VERBS, 0.001), 1.04)])
     assert "| 1000 | 1.00 |" in table
-    two = [ContextLine(n * 1000, dict.fromkeys(VERBS, n * 0.001)) for n in (1, 3)]
+    assert "| 1.040 | 3.00 |  |" in table
+    two = [ContextLine(n * 1000, dict.fromkeys(VERBS, n * 0.001), 1.0) for n in (1, 3)]
     assert context_table(two).endswith("| 9.00 | 3.000 |\n")
     for lengths in [10], [70, 511]:
         with pytest.raises(UsageError, match="contexts must lie"):

@@ -25,10 +25,15 @@ _PIECE = 256  # tokens of an accepted step
 
 @dataclass(frozen=True, slots=True)
 class ContextLine:
-    """Median seconds of each of `VERBS` behind ``length`` tokens."""
+    """Median seconds of each of `VERBS` behind ``length`` tokens.
+
+    ``capture_ratio`` is the median, over rounds, of reading a step with capture to reading it
+    without.
+    """
 
     length: int
     seconds: dict[str, float]
+    capture_ratio: float
 
     @property
     def step_seconds(self) -> float:
@@ -41,12 +46,14 @@ def time_contexts(
     lengths: Sequence[int],
     num_candidates: int = 4,
     step_length: int = 32,
-    num_rounds: int = 3,
+    num_rounds: int = 5,
+    num_layers: int = 3,
 ) -> Iterator[ContextLine]:
     """A line for each length, shortest first: a prompt and then steps that the model reads.
 
-    Steps are of ``step_length`` tokens. Behind `fork` a step is read by the copy, which pays for
-    keeping the two apart.
+    Steps are of ``step_length`` tokens; attention is captured in the last ``num_layers`` layers,
+    with the first quarter of the context as sinks. Behind `fork` a step is read by the copy, which
+    pays for keeping the two apart.
 
     Raises:
         UsageError: a length that is shorter than the prompt of 64 tokens, or does not leave room
@@ -70,19 +77,25 @@ def time_contexts(
             while (missing := length - len(sequence.token_ids)) > 0:
                 model.extend([sequence], [text(min(missing, _PIECE))])
             steps = [text(step_length) for _ in range(num_candidates)]
-            rounds = [_round(model, sequence, steps) for _ in range(num_rounds + 1)]
+            is_source = np.arange(length) >= length // 4
+            capture = Capture(is_source, num_layers)
+            _, *rounds = [_round(model, sequence, steps, capture) for _ in range(num_rounds + 1)]
             yield ContextLine(
-                length, {verb: median(found[verb] for found in rounds[1:]) for verb in VERBS}
+                length,
+                {verb: median(found[verb] for found in rounds) for verb in VERBS},
+                median(found["extend captured"] / found["extend"] for found in rounds),
             )
 
 
 def _round(
-    model: LanguageModel[Any], sequence: Any, steps: Sequence[tuple[int, ...]]
+    model: LanguageModel[Any],
+    sequence: Any,
+    steps: Sequence[tuple[int, ...]],
+    capture: Capture,
 ) -> dict[str, float]:
     """Each verb once; the sequence stays as it is."""
     length, step, k = len(sequence.token_ids), steps[0], len(steps)
     boundary = Boundary("", frozenset(), len(step))
-    capture = Capture(np.ones(length, dtype=np.bool_), num_layers=1)
     found: dict[str, float] = {}
 
     def timed(verb: str, work: Callable[[], Any]) -> Any:
@@ -119,9 +132,9 @@ def _round(
 
 
 def context_table(lines: Sequence[ContextLine]) -> str:
-    """Milliseconds by context; at last what a thousand more tokens add to a step, in ms.
+    """Milliseconds by context; what capture costs, and what 1,000 more tokens add to a step, in ms.
 
-    The last column is the same from line to line where time grows in a straight line.
+    That is the same from line to line where time grows in a straight line.
     """
     rows = []
     for before, line in zip([None, *lines], lines, strict=False):
@@ -130,6 +143,7 @@ def context_table(lines: Sequence[ContextLine]) -> str:
             more = line.step_seconds - before.step_seconds
             growth = f"{more * 1e6 / (line.length - before.length):.3f}"
         cells = [f"{line.seconds[verb] * 1e3:.2f}" for verb in VERBS]
-        rows.append([str(line.length), *cells, f"{line.step_seconds * 1e3:.2f}", growth])
-    columns = ("context", *VERBS, "step, k = 1", "ms / 1,000 more tokens")
+        cells += [f"{line.capture_ratio:.3f}", f"{line.step_seconds * 1e3:.2f}", growth]
+        rows.append([str(line.length), *cells])
+    columns = ("context", *VERBS, "captured / plain", "step, k = 1", "ms / 1,000 more tokens")
     return as_table(columns, rows)
