@@ -211,6 +211,26 @@ def test_tokens_are_described_alike_in_whatever_portions(monkeypatch: pytest.Mon
                 np.testing.assert_allclose(getattr(one, name), expected, rtol=0, atol=1e-6)
 
 
+def test_logits_go_once_their_tokens_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    from specguard.backends.pytorch import trail
+
+    passes = trail.Trail()
+    monkeypatch.setattr(trail, "_MOST_LOGITS", 3 * 1000)
+    for number in range(9):
+        # A cut of a padded vocabulary, whose storage is that of the whole.
+        logits = torch.randn(2, 500, generator=torch.Generator().manual_seed(number))[:, :-1]
+        passes.add([0, 1], [0, 1], torch.tensor([1, 2]), logits, torch.zeros(2, 4), None)
+        assert num_held(passes) <= 3
+    assert passes.gather(0, [0, 1]).logprobs.shape == (18,)
+    assert num_held(passes) == 0
+
+
+def num_held(passes: Any) -> float:
+    """How many passes' logits are in memory."""
+    kept = [one.logits for one in passes._passes if one.logits is not None]
+    return sum(logits.untyped_storage().nbytes() for logits in kept) / 4000
+
+
 def test_a_drafting_that_waits_for_others_to_join_holds_no_memory() -> None:
     draft = specguard.load("tiny", backend="cpu").draft
     assert draft is not None

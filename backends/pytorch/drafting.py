@@ -167,7 +167,7 @@ class TorchDrafting:
         branches.take(self._open.drafts, ids.tolist())
 
     def _finished(self, rows: Sequence[_Row]) -> list[tuple[TorchSequence, list[Candidate]]]:
-        """The candidates of rows that are done; one transfer per quantity for all of them."""
+        """The candidates of rows that are done."""
         if not rows:
             return []
         drafts = {number: draft for row in rows for number, draft in row.drafts.items()}

@@ -1,7 +1,7 @@
 """What the passes of a drafting said of the tokens that were drawn, kept until these are needed.
 
-Log-probabilities and entropies of many passes are worked out in one go: a few large operations cost
-less than many small ones. Knows nothing of rows and of when a step ends.
+Where passes are small, log-probabilities and entropies of many are worked out in one go: a few
+large operations cost less than many small ones. Knows nothing of rows and of when a step ends.
 """
 
 from collections.abc import Sequence
@@ -16,20 +16,21 @@ from torch import Tensor
 from specguard.backends.pytorch.sampling import describe
 from specguard.core.model import FloatArray
 
-_MOST_LOGITS = 2**20  # numbers that wait to be described
+_MOST_LOGITS = 2**16  # numbers that wait to be described; larger passes are described at once
 
 
 @dataclass(slots=True)
 class _Pass:
     """One token [N] of each candidate in ``alive``.
 
-    ``owners`` [N] are rows of ``logits`` [A, V], ``hidden`` [A, H] and ``probs`` [A, V].
+    ``owners`` [N] are rows of ``logits`` [A, V], ``hidden`` [A, H] and ``probs`` [A, V]. Logits are
+    there until the pass is described.
     """
 
     alive: list[int]
     owners: list[int]
     token_ids: Tensor
-    logits: Tensor
+    logits: Tensor | None
     hidden: Tensor
     probs: Tensor | None
 
@@ -55,7 +56,7 @@ class Trail:
     def __init__(self) -> None:
         self._passes: list[_Pass] = []
         self._num_forgotten = 0
-        self._described: list[tuple[FloatArray, FloatArray]] = []  # of the first passes
+        self._described: list[tuple[Tensor, Tensor]] = []  # of the first passes
         self._num_waiting = 0  # logits of the others
 
     @property
@@ -100,7 +101,9 @@ class Trail:
         sums = hidden.new_zeros(len(numbers), hidden.shape[1], dtype=torch.float32)
         states = hidden[torch.tensor(sources, device=device)].float()
         sums.index_add_(0, torch.tensor(owners, device=device), states)
-        logprobs, entropies = (np.concatenate(parts) for parts in zip(*described, strict=True))
+        logprobs, entropies = (
+            torch.cat(parts).cpu().numpy() for parts in zip(*described, strict=True)
+        )
         return Traces(
             np.array(owners),
             logprobs[mine],
@@ -118,27 +121,28 @@ class Trail:
             self._num_forgotten = first_pass
 
     def _describe(self) -> None:
+        """Describe the passes that wait for it, and let their logits go."""
         waiting = self._passes[len(self._described) :]
-        if not waiting:
+        logits = [one.logits for one in waiting if one.logits is not None]
+        if not logits:
             return
-        logits = [one.logits for one in waiting]
         firsts = accumulate(map(len, logits), initial=0)
         rows = [
             first + owner
             for first, one in zip(firsts, waiting, strict=False)
             for owner in one.owners
         ]
+        is_plain = rows == list(range(sum(map(len, logits))))
         found = describe(
-            torch.cat(logits),
+            logits[0] if len(logits) == 1 else torch.cat(logits),
             torch.cat([one.token_ids for one in waiting]),
-            torch.tensor(rows, device=logits[0].device),
+            None if is_plain else torch.tensor(rows, device=logits[0].device),
         )
-        ends = list(accumulate(len(one.alive) for one in waiting))
-        parts = (np.split(part.cpu().numpy(), ends[:-1]) for part in found)
-        self._described += zip(*parts, strict=True)
+        sizes = [len(one.alive) for one in waiting]
+        self._described += zip(*(part.split(sizes) for part in found), strict=True)
         self._num_waiting = 0
         for one in waiting:
-            one.logits = one.logits[:0]  # described: let it go
+            one.logits = None
 
 
 def _distributions(passes: Sequence[_Pass], number: int) -> Tensor | None:
