@@ -97,6 +97,19 @@ def test_every_verb_is_timed_as_the_configuration_uses_it() -> None:
     assert ("target", "commit", 2) not in set(medoid)
 
 
+@pytest.mark.parametrize("room", [1, 2, 5])
+def test_verbs_are_timed_up_to_the_end_of_the_context(room: int) -> None:
+    class Short(Delegate):
+        context_limit = 5 + room  # type: ignore[assignment]
+
+    draft, target = Short(ReferenceModel(0)), Short(ReferenceModel(1))
+    prompt = draft.tokenizer.encode_prompt("a b", None, False)
+    assert len(prompt.token_ids) == 5
+    long = replace(SHORT, max_step_tokens=100, delimiter="~~~")
+    found = walk(draft, target, "a b", {2: long}, 1)
+    assert found.tokens(("target", "extend", 1)) <= room
+
+
 def test_timings_are_means() -> None:
     found = Timings()
     found.add(("draft", "extend", 1), 1.0, 10)

@@ -148,13 +148,16 @@ class _Side:
 
     def draw(self) -> None:
         """Work of a draft's kind: a few decode steps."""
-        self.propose(1, GREEDY, Boundary("", frozenset(), min(_FEW, self.room)))
+        if self.room:
+            self.propose(1, GREEDY, Boundary("", frozenset(), min(_FEW, self.room)))
 
     def read(self) -> None:
         """Work of a verifier's kind: a pass over a few tokens, which are forgotten again."""
         length = len(self.sequence.token_ids)
-        self.model.extend([self.sequence], [self.sequence.token_ids[-min(_FEW, self.room) :]])
-        self.model.rewind(self.sequence, length)
+        if self.room:
+            again = self.sequence.token_ids[-min(_FEW, self.room) :]
+            self.model.extend([self.sequence], [again])
+            self.model.rewind(self.sequence, length)
 
     def _timed(self, work: Callable[[], R]) -> tuple[float, R]:
         self.before_timing()
