@@ -14,6 +14,7 @@ from specguard.core import (
     SolveConfig,
     UsageError,
 )
+from specguard.core.shortcuts import check_switches
 from specguard.models.pairs import BUILT_IN_PAIR, PAIRS, ModelPair, find_pair
 from specguard.models.profiles import find_profile
 from specguard.models.settings import chosen_pair
@@ -63,6 +64,7 @@ def load(
         UsageError: unknown names or impossible settings.
         SpecguardError: the backend or a model cannot be used, or the profile is another pair's.
     """
+    check_switches()
     choice = choose(pair, backend, draft, target)
     config = configure(choice.pair, profile, **settings)
     if config.draft_cost is None and "draft_cost" not in settings:

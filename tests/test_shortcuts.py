@@ -146,13 +146,16 @@ TELLS: dict[str, Callable[[Any], bool]] = {
 @pytest.mark.parametrize("name", SHORTCUTS)
 def test_each_shortcut_has_a_switch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert TELLS[name](specguard.load("tiny", backend="cpu"))
-    usual = solved("cpu", num_candidates=3)
+    backend = "mlx" if name == "compiled" else "cpu"
+    usual = solved(backend, num_candidates=3)
     monkeypatch.setenv(VARIABLE, f"{name},")
     assert not TELLS[name](specguard.load("tiny", backend="cpu"))
-    assert_equal(solved("cpu", num_candidates=3), usual)
+    assert_equal(solved(backend, num_candidates=3), usual)
 
 
 def test_what_is_no_shortcut_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "lean,trees")
     with pytest.raises(UsageError, match="trees"):
-        uses("lean")
+        specguard.load("tiny", backend="cpu")
+    monkeypatch.setenv(VARIABLE, "all, lean")
+    assert not any(map(uses, SHORTCUTS))

@@ -3,7 +3,6 @@
 What runs for every token is compiled, once for each number of rows: fewer operations to schedule.
 """
 
-import threading
 from collections.abc import Callable
 from functools import wraps
 from typing import TypeVar, cast
@@ -20,17 +19,12 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def _compiled(work: F) -> F:
-    """`mx.compile`, which does not tell types; arguments other than arrays are constants.
-
-    Only in the main thread: in another one, its cache can abort the process at its end (MLX 0.32,
-    unless that thread ends with ``mx.clear_streams()``).
-    """
+    """`mx.compile`, which does not tell types; arguments other than arrays are constants."""
     compiled = mx.compile(work)
 
     @wraps(work)
     def chosen(*args: object) -> object:
-        is_main = threading.current_thread() is threading.main_thread()
-        return compiled(*args) if is_main and uses("compiled") else work(*args)
+        return compiled(*args) if uses("compiled") else work(*args)
 
     return cast(F, chosen)
 

@@ -144,9 +144,6 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(model: Model) -> None:
         assert token_ids in kept or mass <= min(kept.values()) + TOLERANCE
 
 
-CONTINUATIONS = [[45, 46, 47], [45], [50, 51, 52, 53], [45, 46, 47]]
-
-
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, 1.0), Sampling(0.3, 0.9)])
 @pytest.mark.parametrize("k", [1, 3])
 def test_sequences_join_and_leave_while_others_are_drawn_for(
