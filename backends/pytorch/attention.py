@@ -7,6 +7,7 @@ of the model's forward, so nothing is patched and no state is global.
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -144,9 +145,11 @@ def attention_block(
     weights = scores.softmax(-1)  # [heads, n, c + n - 1]
 
     source, sink = capture.is_source, ~capture.is_source
-    in_context = weights[:, :, :context]
-    sink_mass = (in_context @ sink.float()).mean(0)
-    weights = torch.where(weights < capture.epsilon, 0.0, weights)
+    sink_mass = (weights[:, :, :context] @ sink.float()).mean(0)
+    # In place: on a long context the weights are the largest thing here. Only what is above the
+    # number below epsilon stays.
+    below = np.nextafter(np.float32(capture.epsilon), np.float32(-1))
+    weights = torch.threshold_(weights, float(below), 0.0)
     source_mass = weights[:, :, :context] @ source.float()  # [heads, n]
     step = weights[:, :, context - 1 :].clone()  # [heads, n, n]
     # Position c-1 is the step's first column and the context's last: counted there if a source,
