@@ -104,7 +104,7 @@ class Forward:
                 raise
             raise SpecguardError(
                 f"memory ran out while {self._name} was running",
-                "fewer candidates (-k), a shorter context or a smaller pair need less; or close "
+                "fewer candidates (--k), a shorter context or a smaller pair need less; or close "
                 "other programs",
             ) from error
 
