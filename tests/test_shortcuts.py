@@ -94,7 +94,7 @@ def _draws_nothing(pair: Any) -> bool:
 
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "draw_from", lambda *args: calls.append(args) or torch.tensor([1]))
+        patch.setattr(sampling, "draw", lambda *args: calls.append(args) or torch.tensor([1]))
         peaked = torch.tensor([[0.0, 50.0]])
         sampling.sample(peaked, specguard.core.Sampling(0.7, 0.8), np.array([0.5]))
     return not calls

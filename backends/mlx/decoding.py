@@ -173,9 +173,9 @@ class Trail:
         mx.async_eval(stacked)
         return stacked
 
-    def forget(self, first_pass: int | None) -> None:
-        """Drop what was drawn before a pass, or everything."""
-        num_passes = len(self._alive) if first_pass is None else first_pass - self._num_forgotten
+    def forget(self, first_pass: int) -> None:
+        """Drop what was drawn before a pass."""
+        num_passes = first_pass - self._num_forgotten
         self._num_forgotten += num_passes
         for passes in self._alive, self._described, self._hidden:
             del passes[:num_passes]

@@ -175,7 +175,8 @@ class MlxDrafting:
             self._name, self._tokenizer, list(drafts.values()), *drawn, handles
         )
         self._open.drop(drafts)
-        self._trail.forget(min((row.first_pass for row in self._rows), default=None))
+        known = self._trail.num_passes
+        self._trail.forget(min((row.first_pass for row in self._rows), default=known))
         k = self._num_candidates
         return [
             (row.sequence, candidates[place * k : (place + 1) * k])

@@ -11,6 +11,7 @@ import numpy as np
 
 from specguard.backends.verbs import Draft
 from specguard.core.model import BoolArray
+from specguard.core.shortcuts import uses
 
 
 @dataclass(slots=True)
@@ -32,14 +33,14 @@ class Branch:
 class Branches:
     """All unfinished candidates of several rows.
 
-    Where they are not ``merged``, a candidate has a branch of its own from its first token on.
+    Without the shortcut, a candidate has a branch of its own from its first token on.
 
     Every pass gives each row as many columns as the row with the most branches has queries;
     ``seen`` [branches, columns] are those before the pass that a branch may look at.
     """
 
-    def __init__(self, merged: bool = True) -> None:
-        self._merged = merged
+    def __init__(self) -> None:
+        self._is_merged = uses("tree")
         self.branches: list[Branch] = []
         self.seen: BoolArray = np.zeros((0, 0), dtype=np.bool_)
 
@@ -76,7 +77,7 @@ class Branches:
                 if not drafts[index].take(token_id):
                     drafts[index].columns = columns
                     continue
-                key = (number, token_id) if self._merged else (number, token_id, index)
+                key = (number, token_id) if self._is_merged else (number, token_id, index)
                 if key in grown:
                     grown[key].members.append(index)
                 else:

@@ -13,7 +13,7 @@ import torch
 from specguard.backends.pytorch.branching import Branches, moved
 from specguard.backends.pytorch.forward import Forward, Layout
 from specguard.backends.pytorch.kv import Handle, KVBuffer, Part, TorchSequence
-from specguard.backends.pytorch.sampling import draw_from, sample, warp
+from specguard.backends.pytorch.sampling import sample, warp
 from specguard.backends.pytorch.trail import Trail
 from specguard.backends.verbs import (
     Draft,
@@ -23,7 +23,6 @@ from specguard.backends.verbs import (
     finish_candidates,
 )
 from specguard.core.model import Boundary, Candidate, FloatArray, Sampling, Tokenizer
-from specguard.core.shortcuts import uses
 from specguard.core.text import PieceTable
 
 
@@ -75,7 +74,7 @@ class TorchDrafting:
         self._keeps_distributions = keep_distributions
         self._rows: list[_Row] = []
         self._joining: list[_Row] = []
-        self._branches = Branches(merged=uses("tree"))
+        self._branches = Branches()
         self._layout: Layout | None = None
         self._num_rows = 0  # of the layout, those that are done among them
         self._trail = Trail()
@@ -88,7 +87,7 @@ class TorchDrafting:
         sequence.readable()
         drafts = self._open.add(boundary, uniforms)
         sequence.version += 1  # the columns behind the sequence are about to be written
-        self._joining.append(_Row(sequence, sequence.version, drafts, self._trail.end))
+        self._joining.append(_Row(sequence, sequence.version, drafts, self._trail.num_passes))
 
     @torch.inference_mode()
     def run(self, num_wanted: int) -> list[tuple[TorchSequence, list[Candidate]]]:
@@ -103,8 +102,7 @@ class TorchDrafting:
             self._rows = [row for row in self._rows if not row.is_done]
         found = self._finished(done)
         if not self._rows:  # whoever waits for others to join holds no memory
-            self._layout, self._num_rows = None, 0
-            self._branches = Branches(merged=uses("tree"))
+            self._layout, self._num_rows, self._branches = None, 0, Branches()
         return found
 
     def _arrange(self) -> None:
@@ -158,11 +156,7 @@ class TorchDrafting:
         # Where each branch has one candidate they are the same rows.
         rows = self._forward.tensor(owners) if len(owners) != len(places) else None
         probs = warp(logits, self._sampling) if self._keeps_distributions else None
-        uniforms = self._open.uniforms(alive)
-        if probs is None or self._sampling.is_greedy:
-            ids = sample(logits, self._sampling, uniforms, rows)
-        else:
-            ids = draw_from(probs, uniforms, rows)
+        ids = sample(logits, self._sampling, self._open.uniforms(alive), rows, probs)
         self._trail.add(alive, owners, ids, logits, hidden, probs)
         branches.take(self._open.drafts, ids.tolist())
 
@@ -171,8 +165,7 @@ class TorchDrafting:
         if not rows:
             return []
         drafts = {number: draft for row in rows for number, draft in row.drafts.items()}
-        traces = self._trail.gather(min(row.first_pass for row in rows), list(drafts))
-        owning = [(row, draft) for row in rows for draft in row.drafts.values()]
+        drawn = self._trail.take(list(drafts), min(row.first_pass for row in rows))
         handles = [
             Handle(
                 sequence=row.sequence,
@@ -180,22 +173,15 @@ class TorchDrafting:
                 buffer=row.held,
                 row=row.place,
                 columns=draft.columns,
-                distributions=distributions,
+                distributions=self._trail.distributions(number),
             )
-            for (row, draft), distributions in zip(owning, traces.distributions, strict=True)
+            for row in rows
+            for number, draft in row.drafts.items()
         ]
         candidates = iter(
-            finish_candidates(
-                self._name,
-                self._tokenizer,
-                list(drafts.values()),
-                traces.owners,
-                traces.logprobs,
-                traces.entropies,
-                traces.hidden_sums,
-                handles,
-            )
+            finish_candidates(self._name, self._tokenizer, list(drafts.values()), *drawn, handles)
         )
         self._open.drop(drafts)
-        self._trail.forget(min((row.first_pass for row in self._rows), default=self._trail.end))
+        known = self._trail.num_passes
+        self._trail.forget(min((row.first_pass for row in self._rows), default=known))
         return [(row.sequence, list(islice(candidates, self._num_candidates))) for row in rows]

@@ -33,7 +33,6 @@ from specguard.core.model import (
     Sampling,
     Tokenizer,
 )
-from specguard.core.shortcuts import uses
 from specguard.core.text import PieceTable
 
 
@@ -191,8 +190,7 @@ class TorchModel:
         trees = []
         for sequence, found in zip(sequences, continuations, strict=True):
             check_room(sequence, max(map(len, found)), self.context_limit)
-            pending, num_cached = sequence.token_ids[-1], sequence.num_cached
-            trees.append(Tree.of(pending, num_cached, found, merged=uses("tree")))
+            trees.append(Tree.of(sequence.token_ids[-1], sequence.num_cached, found))
         readings = [
             Reading(capture, row, queries)
             for row, (tree, capture) in enumerate(zip(trees, captures, strict=True))

@@ -46,24 +46,28 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def sample(
-    logits: Tensor, sampling: Sampling, uniforms: FloatArray, rows: Tensor | None = None
+    logits: Tensor,
+    sampling: Sampling,
+    uniforms: FloatArray,
+    rows: Tensor | None = None,
+    probs: Tensor | None = None,
 ) -> Tensor:
     """Token ids [N]: what `draw` takes from `warp`, without either where they are not needed.
 
-    ``logits`` [N, V]; or [A, V], of which token i is drawn from row ``rows[i]``.
+    ``logits`` [N, V]; or [A, V], of which token i is drawn from row ``rows[i]``. ``probs`` are
+    their warped probabilities, where these are known.
     """
+    best: Tensor | None = None
     if sampling.is_greedy:
-        best: Tensor | None = logits.argmax(-1)
-    else:
+        best = logits.argmax(-1)
+    elif probs is None:
         probs = _tempered(logits, sampling)
         best = _only_choice(probs, sampling.top_p)
+        if best is None:
+            probs = _nucleus(probs, sampling.top_p)
     if best is not None:
         return best if rows is None else best[rows]
-    return draw_from(_nucleus(probs, sampling.top_p), uniforms, rows)
-
-
-def draw_from(probs: Tensor, uniforms: FloatArray, rows: Tensor | None = None) -> Tensor:
-    """`draw` from row ``rows[i]`` of ``probs`` [A, V] with ``uniforms[i]``."""
+    assert probs is not None
     wanted = torch.from_numpy(uniforms).to(probs.device)
     return draw(probs if rows is None else probs[rows], wanted)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from specguard.core.model import BoolArray
+from specguard.core.shortcuts import uses
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +26,18 @@ class Tree:
     visible: BoolArray
 
     @classmethod
-    def of(
-        cls,
-        pending: int,
-        num_cached: int,
-        continuations: Sequence[Sequence[int]],
-        merged: bool = True,
-    ) -> "Tree":
+    def of(cls, pending: int, num_cached: int, continuations: Sequence[Sequence[int]]) -> "Tree":
         """The tree behind a sequence's cached columns and its pending token.
 
-        Where it is not ``merged``, continuations share that token alone.
+        Without the shortcut, continuations share that token alone.
         """
+        is_merged = uses("tree")
         tokens, positions, places = [pending], [num_cached], []
         known: dict[tuple[int, ...], int] = {}  # place of a token behind a place
         for number, token_ids in enumerate(continuations):
             path = [0]
             for token_id in token_ids[:-1]:
-                key = (path[-1], token_id) if merged else (path[-1], token_id, number)
+                key = (path[-1], token_id) if is_merged else (path[-1], token_id, number)
                 if key not in known:
                     known[key] = len(tokens)
                     tokens.append(token_id)

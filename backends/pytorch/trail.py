@@ -19,35 +19,18 @@ from specguard.core.model import FloatArray
 _MOST_LOGITS = 2**16  # numbers that wait to be described; larger passes are described at once
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Pass:
     """One token [N] of each candidate in ``alive``.
 
-    ``owners`` [N] are rows of ``logits`` [A, V], ``hidden`` [A, H] and ``probs`` [A, V]. Logits are
-    there until the pass is described.
+    ``owners`` [N] are rows of ``hidden`` [A, H] and ``probs`` [A, V].
     """
 
     alive: list[int]
     owners: list[int]
     token_ids: Tensor
-    logits: Tensor | None
     hidden: Tensor
     probs: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Traces:
-    """What there is of some candidates, token by token in order of drawing.
-
-    ``owners`` [N] say whose token it is; ``hidden_sums`` [candidates, H] are of the states that
-    predicted them; ``distributions`` [n, V] are what they were drawn from, by candidate, if kept.
-    """
-
-    owners: NDArray[np.integer]
-    logprobs: FloatArray
-    entropies: FloatArray
-    hidden_sums: FloatArray
-    distributions: list[Tensor | None]
 
 
 class Trail:
@@ -57,11 +40,11 @@ class Trail:
         self._passes: list[_Pass] = []
         self._num_forgotten = 0
         self._described: list[tuple[Tensor, Tensor]] = []  # of the first passes
-        self._num_waiting = 0  # logits of the others
+        self._logits: list[Tensor] = []  # [A, V] of the others
 
     @property
-    def end(self) -> int:
-        """The number of the next pass."""
+    def num_passes(self) -> int:
+        """Passes so far, the forgotten ones among them."""
         return self._num_forgotten + len(self._passes)
 
     def add(
@@ -74,13 +57,20 @@ class Trail:
         probs: Tensor | None,
     ) -> None:
         """A pass: of each candidate the token [N] and its row [N] in what was found [A, ...]."""
-        self._passes.append(_Pass(alive, owners, token_ids, logits, hidden, probs))
-        self._num_waiting += logits.numel()
-        if self._num_waiting > _MOST_LOGITS:
+        self._passes.append(_Pass(alive, owners, token_ids, hidden, probs))
+        self._logits.append(logits)
+        if sum(one.numel() for one in self._logits) > _MOST_LOGITS:
             self._describe()
 
-    def gather(self, first_pass: int, numbers: Sequence[int]) -> Traces:
-        """What the passes from one on hold of these candidates."""
+    def take(
+        self, numbers: Sequence[int], first_pass: int
+    ) -> tuple[NDArray[np.integer], FloatArray, FloatArray, FloatArray]:
+        """What was drawn for some candidates, none of it before ``first_pass``.
+
+        Returns:
+            For each token [N] the place of its candidate among ``numbers``, its log-probability and
+            its entropy; and sums [numbers, H] of the hidden states that predicted them.
+        """
         self._describe()
         first = first_pass - self._num_forgotten
         passes, described = self._passes[first:], self._described[first:]
@@ -104,13 +94,16 @@ class Trail:
         logprobs, entropies = (
             torch.cat(parts).cpu().numpy() for parts in zip(*described, strict=True)
         )
-        return Traces(
-            np.array(owners),
-            logprobs[mine],
-            entropies[mine],
-            sums.cpu().numpy(),
-            [_distributions(passes, number) for number in numbers],
-        )
+        return np.array(owners), logprobs[mine], entropies[mine], sums.cpu().numpy()
+
+    def distributions(self, number: int) -> Tensor | None:
+        """What a candidate's tokens were drawn from, [n, V], if it was kept."""
+        kept = [
+            one.probs[one.owners[one.alive.index(number)]]
+            for one in self._passes
+            if one.probs is not None and number in one.alive
+        ]
+        return torch.stack(kept) if kept else None
 
     def forget(self, first_pass: int) -> None:
         """Drop all passes before this one."""
@@ -122,10 +115,10 @@ class Trail:
 
     def _describe(self) -> None:
         """Describe the passes that wait for it, and let their logits go."""
-        waiting = self._passes[len(self._described) :]
-        logits = [one.logits for one in waiting if one.logits is not None]
+        logits, self._logits = self._logits, []
         if not logits:
             return
+        waiting = self._passes[-len(logits) :]
         firsts = accumulate(map(len, logits), initial=0)
         rows = [
             first + owner
@@ -140,15 +133,3 @@ class Trail:
         )
         sizes = [len(one.alive) for one in waiting]
         self._described += zip(*(part.split(sizes) for part in found), strict=True)
-        self._num_waiting = 0
-        for one in waiting:
-            one.logits = None
-
-
-def _distributions(passes: Sequence[_Pass], number: int) -> Tensor | None:
-    kept = [
-        one.probs[one.owners[one.alive.index(number)]]
-        for one in passes
-        if one.probs is not None and number in one.alive
-    ]
-    return torch.stack(kept) if kept else None
