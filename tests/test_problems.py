@@ -6,10 +6,10 @@ from itertools import islice, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recipes.tiny.reading import evaluate
 from specguard.models.tiny import language, problems
 from specguard.models.tiny.arithmetic import MAX_COUNT, Update, sum_work
 from specguard.models.tiny.problems import CALIBRATION, HELD_OUT, TRAINING, Problem
-from specguard.models.tiny.reading import evaluate
 
 streams = st.sampled_from([TRAINING, CALIBRATION, HELD_OUT])
 indices = st.integers(0, 10**6)

@@ -1,1 +1,1 @@
-"""The built-in pair: a draft and a target trained on generated word problems, and their recipe."""
+"""The built-in pair: the weights, and the word problems that it solves."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from recipes.evidence.signals import Sample
 from specguard.bench.statistics import auc
 from specguard.core import RewardModel
 from specguard.models.tiny import problems
-from specguard.models.tiny.evidence.signals import Sample
 
 REWARD = "reward"
 THRESHOLD = 0.7  # from which on reward-guided speculative decoding accepts a step

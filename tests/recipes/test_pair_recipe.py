@@ -7,16 +7,16 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from recipes.tiny.data import Coder, batches, make_coder  # noqa: E402
+from recipes.tiny.decoding import decode  # noqa: E402
+from recipes.tiny.drills import drill  # noqa: E402
+from recipes.tiny.evaluate import first_place, first_wrong, solve  # noqa: E402
+from recipes.tiny.export import export  # noqa: E402
+from recipes.tiny.network import Network, Shape  # noqa: E402
+from recipes.tiny.recipe import RECIPES, Phase, Recipe  # noqa: E402
+from recipes.tiny.train import Run  # noqa: E402
+from recipes.tiny.wiring import wire  # noqa: E402
 from specguard.models.tiny import problems  # noqa: E402
-from specguard.models.tiny.data import Coder, batches, make_coder  # noqa: E402
-from specguard.models.tiny.decoding import decode  # noqa: E402
-from specguard.models.tiny.drills import drill  # noqa: E402
-from specguard.models.tiny.evaluate import first_place, first_wrong, solve  # noqa: E402
-from specguard.models.tiny.export import export  # noqa: E402
-from specguard.models.tiny.network import Network, Shape  # noqa: E402
-from specguard.models.tiny.recipes import RECIPES, Phase, Recipe  # noqa: E402
-from specguard.models.tiny.train import Run  # noqa: E402
-from specguard.models.tiny.wiring import wire  # noqa: E402
 
 SMALL = Recipe(
     Shape(72, 3, 3, 64),

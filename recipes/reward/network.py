@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from specguard.models.tiny.data import Coder
-from specguard.models.tiny.export import layer_parameters
-from specguard.models.tiny.network import Network, Shape
-from specguard.models.tiny.prm.pruning import prune
-from specguard.models.tiny.wiring import BEFORE, BEFORE_2, FOUND, OWN, SECOND, head_of
+from recipes.reward.pruning import prune
+from recipes.tiny.data import Coder
+from recipes.tiny.export import layer_parameters
+from recipes.tiny.network import Network, Shape
+from recipes.tiny.wiring import BEFORE, BEFORE_2, FOUND, OWN, SECOND, head_of
+from specguard.models.pairs import BUILT_IN_PAIR, find_pair
 
-PAIR = Path(__file__).parent.parent
-DRAFT, TARGET = PAIR / "draft", PAIR / "target"
+DRAFT, TARGET = map(Path, find_pair(BUILT_IN_PAIR).sources("torch"))
 _LINE_END = ".ĊĊ"  # what ends a step as the draft writes it
 _LOWEST = -8.0  # log-probability; what is less probable is as wrong
 

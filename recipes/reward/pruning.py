@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from recipes.tiny.data import Coder
+from recipes.tiny.network import Network
 from specguard.models.tiny import problems
-from specguard.models.tiny.data import Coder
-from specguard.models.tiny.network import Network
 
 _FIRST_PROBLEM = 10_000_000  # of the training stream, beyond those that are trained on
 _NUM_PROBLEMS = 300

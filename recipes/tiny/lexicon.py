@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from specguard.models.tiny.tokenizer import END, PAD, SPACE, START
+from recipes.tiny.tokenizer import END, PAD, SPACE, START
 
 
 @dataclass(frozen=True, slots=True)

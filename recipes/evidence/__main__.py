@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 import click
 import numpy as np
 
+from recipes.evidence import selection, steps
+from recipes.evidence import signals as judged
+from recipes.evidence.sensitivity import layers_and_epsilon, weight_and_threshold
 from specguard import Engine, load
 from specguard.bench.datasets import DataSet, Item
 from specguard.bench.journal import read_lines
@@ -18,9 +21,6 @@ from specguard.bench.statistics import auc
 from specguard.core.errors import SpecguardError
 from specguard.models.pairs import BUILT_IN_PAIR, find_pair
 from specguard.models.tiny import problems
-from specguard.models.tiny.evidence import selection, steps
-from specguard.models.tiny.evidence import signals as judged
-from specguard.models.tiny.evidence.sensitivity import layers_and_epsilon, weight_and_threshold
 
 F = TypeVar("F", bound=Callable[..., Any])
 STREAMS = {"calibration": problems.CALIBRATION, "held-out": problems.HELD_OUT}

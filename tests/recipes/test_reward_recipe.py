@@ -10,16 +10,16 @@ transformers = pytest.importorskip("transformers")
 
 import numpy as np  # noqa: E402
 
+from recipes.evidence.signals import Sample  # noqa: E402
+from recipes.reward.data import batches, make_row, replaced_batches, write_rows  # noqa: E402
+from recipes.reward.evaluate import THRESHOLD, Quality, add_rewards, areas  # noqa: E402
+from recipes.reward.export import export  # noqa: E402
+from recipes.reward.network import DRAFT, TARGET, RewardNetwork, from_model  # noqa: E402
+from recipes.reward.training import Recipe, Run, load_network  # noqa: E402
+from recipes.tiny.data import Coder, make_coder  # noqa: E402
+from recipes.tiny.decoding import decode  # noqa: E402
 from specguard.backends.reward import StepRewardModel, load_reward_model  # noqa: E402
 from specguard.models.tiny import problems  # noqa: E402
-from specguard.models.tiny.data import Coder, make_coder  # noqa: E402
-from specguard.models.tiny.decoding import decode  # noqa: E402
-from specguard.models.tiny.evidence.signals import Sample  # noqa: E402
-from specguard.models.tiny.prm.data import batches, make_row, replaced_batches, write_rows  # noqa: E402
-from specguard.models.tiny.prm.evaluate import THRESHOLD, Quality, add_rewards, areas  # noqa: E402
-from specguard.models.tiny.prm.export import export  # noqa: E402
-from specguard.models.tiny.prm.network import DRAFT, TARGET, RewardNetwork, from_model  # noqa: E402
-from specguard.models.tiny.prm.training import Recipe, Run, load_network  # noqa: E402
 from tests.conftest import TINY  # noqa: E402
 
 SHIPPED = TINY / "reward"
@@ -55,7 +55,7 @@ def test_the_network_begins_with_a_model_of_the_pair(coder: Coder, draft: Reward
 def test_pruned_layers_do_most_of_what_they_did(
     coder: Coder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specguard.models.tiny.prm.pruning._NUM_PROBLEMS", 40)
+    monkeypatch.setattr("recipes.reward.pruning._NUM_PROBLEMS", 40)
     rows = [coder.row(problems.generate(problems.CALIBRATION, index)) for index in range(8)]
     whole = from_model(coder, TARGET)
     size = whole.shape.intermediate_size

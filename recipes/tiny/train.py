@@ -1,4 +1,4 @@
-"""The recipe of the built-in pair: ``python -m specguard.models.tiny.train --help``.
+"""The recipe of the built-in pair: ``python -m recipes.tiny.train --help``.
 
 Trains one network on generated problems, phase by phase. A run that was stopped goes on from its
 last checkpoint when started again; what it did is in ``log.jsonl`` beside it.
@@ -13,14 +13,14 @@ import click
 import torch
 from torch.optim import AdamW, Muon, Optimizer
 
+from recipes.tiny.data import Coder, Row, batches, make_coder
+from recipes.tiny.drills import drill
+from recipes.tiny.evaluate import solve
+from recipes.tiny.network import Network
+from recipes.tiny.progress import SECONDS_PER_CHECKPOINT, TrainingRun
+from recipes.tiny.recipe import RECIPES, Phase, Recipe
+from recipes.tiny.wiring import wire
 from specguard.models.tiny import problems
-from specguard.models.tiny.data import Coder, Row, batches, make_coder
-from specguard.models.tiny.drills import drill
-from specguard.models.tiny.evaluate import solve
-from specguard.models.tiny.network import Network
-from specguard.models.tiny.progress import SECONDS_PER_CHECKPOINT, TrainingRun
-from specguard.models.tiny.recipes import RECIPES, Phase, Recipe
-from specguard.models.tiny.wiring import wire
 
 
 def make_optimizers(network: Network) -> list[Optimizer]:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from recipes.tiny.lexicon import Lexicon, build_lexicon
+from recipes.tiny.tokenizer import END, PAD, build_tokenizer, prompt_text
 from specguard.models.tiny import language, problems
-from specguard.models.tiny.lexicon import Lexicon, build_lexicon
-from specguard.models.tiny.tokenizer import END, PAD, build_tokenizer, prompt_text
 
 _TEXTS = 3000  # problems that show every piece of text there is
 

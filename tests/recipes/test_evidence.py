@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recipes.evidence.__main__ import main
+from recipes.evidence.selection import table
 from specguard.bench.statistics import auc
-from specguard.models.tiny.evidence.__main__ import main
-from specguard.models.tiny.evidence.selection import table
 
 
 @given(

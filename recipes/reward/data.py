@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recipes.tiny.checker import judge
+from recipes.tiny.data import Coder
+from recipes.tiny.decoding import MAX_TOKENS, decode, most_probable, sampler
+from recipes.tiny.network import Network
 from specguard.models.tiny import problems
-from specguard.models.tiny.checker import judge
-from specguard.models.tiny.data import Coder
-from specguard.models.tiny.decoding import MAX_TOKENS, decode, most_probable, sampler
-from specguard.models.tiny.network import Network
 from specguard.models.tiny.problems import DELIMITER, Problem
 
 TEMPERATURE = 0.7

@@ -1,6 +1,6 @@
 """Turn a run's checkpoint into a folder that transformers and mlx-lm load as a Llama.
 
-``python -m specguard.models.tiny.export --model target --run runs/target --output DIR``
+``python -m recipes.tiny.export --model target --run runs/target --output DIR``
 """
 
 import json
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from specguard.models.tiny.data import Coder, make_coder
-from specguard.models.tiny.network import Network
-from specguard.models.tiny.recipes import RECIPES, load_network
+from recipes.tiny.data import Coder, make_coder
+from recipes.tiny.network import Network
+from recipes.tiny.recipe import RECIPES, load_network
 
 
 def llama_config(network: Network, coder: Coder) -> LlamaConfig:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specguard.models.tiny.network import Network, norm
+from recipes.tiny.network import Network, norm
 
 MAX_TOKENS = 480
 

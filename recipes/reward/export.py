@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from recipes.reward.network import RewardNetwork
+from recipes.tiny.data import Coder
+from recipes.tiny.export import llama_config, llama_weights, save_tokenizer
+from recipes.tiny.tokenizer import PAD
 from specguard.backends.reward import SETTINGS_KEY
-from specguard.models.tiny.data import Coder
-from specguard.models.tiny.export import llama_config, llama_weights, save_tokenizer
-from specguard.models.tiny.prm.network import RewardNetwork
-from specguard.models.tiny.tokenizer import PAD
 
 
 def export(network: RewardNetwork, coder: Coder, folder: Path) -> None:

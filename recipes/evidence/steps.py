@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from recipes.tiny.checker import judge
 from specguard import Engine
 from specguard.backends.checkpoint import open_checkpoint
 from specguard.bench.journal import Journal
@@ -26,7 +27,6 @@ from specguard.core.model import FloatArray
 from specguard.core.randomness import Purpose, problem_key, uniforms
 from specguard.core.selector import Embedder, distinct, mean_similarities
 from specguard.models.tiny import problems
-from specguard.models.tiny.checker import judge
 
 NUM_SAMPLES = (4, 8, 16)  # every k that is looked at; the samples of a smaller one come first
 MAX_STEP_TOKENS = 128

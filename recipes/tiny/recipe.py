@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from specguard.models.tiny.lexicon import Lexicon
-from specguard.models.tiny.network import Network, Shape
+from recipes.tiny.lexicon import Lexicon
+from recipes.tiny.network import Network, Shape
+from recipes.tiny.progress import CHECKPOINT
 from specguard.models.tiny.problems import Difficulty
-from specguard.models.tiny.progress import CHECKPOINT
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,16 +5,16 @@ from pathlib import Path
 import click
 import torch
 
+from recipes.evidence.signals import sample
+from recipes.evidence.steps import collect
+from recipes.reward.evaluate import REWARD, THRESHOLD, Quality, add_rewards, areas
+from recipes.reward.export import export as export_to
+from recipes.reward.training import Recipe, Run, load_network
+from recipes.tiny.data import make_coder
 from specguard import load
 from specguard.backends.reward import load_reward_model
-from specguard.models.pairs import BUILT_IN_PAIR
+from specguard.models.pairs import BUILT_IN_PAIR, find_pair
 from specguard.models.tiny import problems
-from specguard.models.tiny.data import make_coder
-from specguard.models.tiny.evidence.signals import sample
-from specguard.models.tiny.evidence.steps import collect
-from specguard.models.tiny.prm.evaluate import REWARD, THRESHOLD, Quality, add_rewards, areas
-from specguard.models.tiny.prm.export import export as export_to
-from specguard.models.tiny.prm.training import Recipe, Run, load_network
 
 STREAMS = {"calibration": problems.CALIBRATION, "held-out": problems.HELD_OUT}
 SIGNALS = (REWARD, "draft log_prob", "target log_prob")
@@ -50,7 +50,7 @@ def export(run: Path, output: Path) -> None:
 
 
 @main.command()
-@click.option("--model", default=str(Path(__file__).parent.parent / "reward"), show_default=False)
+@click.option("--model", default=find_pair(BUILT_IN_PAIR).reward, show_default=False)
 @click.option("--stream", type=click.Choice(list(STREAMS)), default="calibration")
 @click.option("--count", default=150, show_default=True, help="Problems.")
 @click.option("--steps", type=click.Path(path_type=Path), required=True, help="Their draft steps.")
@@ -58,7 +58,7 @@ def export(run: Path, output: Path) -> None:
 def evaluate(model: str, stream: str, count: int, steps: Path, backend: str) -> None:
     """Rewards of draft steps after right prefixes, by default of the shipped model.
 
-    STEPS is a file as of ``python -m specguard.models.tiny.evidence collect``; what it lacks is
+    STEPS is a file as of ``python -m recipes.evidence collect``; what it lacks is
     sampled. Steps that answer are among them.
     """
     rows = collect(load(BUILT_IN_PAIR, backend=backend), ("draft",), STREAMS[stream], count, steps)

@@ -1,6 +1,6 @@
 """Whole-problem accuracy of a network, greedy, and where its first wrong step goes wrong.
 
-``python -m specguard.models.tiny.evaluate --model target --run runs/target --count 2000``
+``python -m recipes.tiny.evaluate --model target --run runs/target --count 2000``
 """
 
 from collections import Counter
@@ -11,12 +11,12 @@ from pathlib import Path
 import click
 import torch
 
+from recipes.tiny.checker import judge
+from recipes.tiny.data import Coder, make_coder
+from recipes.tiny.decoding import decode
+from recipes.tiny.network import Network
+from recipes.tiny.recipe import RECIPES, load_network
 from specguard.models.tiny import problems
-from specguard.models.tiny.checker import judge
-from specguard.models.tiny.data import Coder, make_coder
-from specguard.models.tiny.decoding import decode
-from specguard.models.tiny.network import Network
-from specguard.models.tiny.recipes import RECIPES, load_network
 
 STREAMS = {"calibration": problems.CALIBRATION, "held-out": problems.HELD_OUT}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from specguard.models.tiny.lexicon import Lexicon
+from recipes.tiny.lexicon import Lexicon
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
 
+from recipes.tiny.reading import Reading, numbers_in, read
 from specguard.models.tiny.arithmetic import Update
 from specguard.models.tiny.problems import Problem, Sentence
-from specguard.models.tiny.reading import Reading, numbers_in, read
 
 
 class ErrorKind(StrEnum):

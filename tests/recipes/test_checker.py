@@ -6,11 +6,11 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from recipes.tiny.checker import ErrorKind, judge
+from recipes.tiny.reading import evaluate, read
 from specguard.models.tiny import problems
 from specguard.models.tiny.arithmetic import Update
-from specguard.models.tiny.checker import ErrorKind, judge
 from specguard.models.tiny.problems import Problem, Question, Sentence
-from specguard.models.tiny.reading import evaluate, read
 
 fast = settings(max_examples=80, deadline=None)
 streams = st.sampled_from([problems.TRAINING, problems.CALIBRATION, problems.HELD_OUT])

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specguard.models.tiny.lexicon import Lexicon
-from specguard.models.tiny.network import Network
-from specguard.models.tiny.tokenizer import START
+from recipes.tiny.lexicon import Lexicon
+from recipes.tiny.network import Network
+from recipes.tiny.tokenizer import START
 
 # Parts of the residual stream: the token itself, the one before, the one before that, the mix of
 # the last few, what was found to come next, and what was found to come second.

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from specguard.models.tiny.data import Coder
-from specguard.models.tiny.prm.data import batches, replaced_batches
-from specguard.models.tiny.prm.network import DRAFT, TARGET, RewardNetwork, from_model, shape_of
-from specguard.models.tiny.progress import CHECKPOINT, SECONDS_PER_CHECKPOINT, TrainingRun
-from specguard.models.tiny.train import make_optimizers, set_rate
+from recipes.reward.data import batches, replaced_batches
+from recipes.reward.network import DRAFT, TARGET, RewardNetwork, from_model, shape_of
+from recipes.tiny.data import Coder
+from recipes.tiny.progress import CHECKPOINT, SECONDS_PER_CHECKPOINT, TrainingRun
+from recipes.tiny.train import make_optimizers, set_rate
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,0 @@
-"""Measurements on the built-in pair: ``python -m specguard.models.tiny.evidence --help``."""

@@ -1,1 +1,0 @@
-"""The built-in pair's process reward model: ``python -m specguard.models.tiny.prm --help``."""

@@ -1,0 +1,1 @@
+"""Measurements on the built-in pair: ``python -m recipes.evidence --help``."""

@@ -1,0 +1,1 @@
+"""The built-in pair's process reward model: ``python -m recipes.reward --help``."""

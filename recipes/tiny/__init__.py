@@ -1,0 +1,1 @@
+"""The draft and the target: ``python -m recipes.tiny.train --help``, ``.evaluate``, ``.export``."""
