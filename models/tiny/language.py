@@ -8,7 +8,6 @@ import zlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 # One stream of problems per use, so that no problem is seen in training and reported on.
 TRAINING, CALIBRATION, HELD_OUT = 1, 2, 3
@@ -33,17 +32,9 @@ class Language:
 
 
 @cache
-def _read() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
-        (Path(__file__).parent / "language.json").read_text(encoding="utf-8")
-    )
-    return found
-
-
-@cache
 def language(stream: int) -> Language:
     """The words that problems of ``stream`` use."""
-    data = _read()
+    data = json.loads((Path(__file__).parent / "language.json").read_text(encoding="utf-8"))
     use = _USES[stream]
     return Language(
         names=tuple(data["names"][use]),
@@ -59,15 +50,3 @@ def language(stream: int) -> Language:
 def is_held_out(first: str, second: str) -> bool:
     """Whether two event phrasings in a row are kept out of training."""
     return zlib.crc32(f"{first}|{second}".encode()) % _HELD_OUT_SHARE == 0
-
-
-@cache
-def all_names() -> tuple[str, ...]:
-    """Every name of every use."""
-    return tuple(name for part in _read()["names"].values() for name in part)
-
-
-@cache
-def all_things() -> tuple[str, ...]:
-    """Every thing of every use."""
-    return tuple(thing for part in _read()["things"].values() for thing in part)

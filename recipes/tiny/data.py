@@ -63,19 +63,21 @@ def make_coder() -> Coder:
     for index in range(_TEXTS):
         problem = problems.generate(problems.TRAINING, index)
         texts += ["system\nuser\nassistant\n", problem.text, problem.solution]
-    names, things = language.all_names(), language.all_things()
-    tokenizer = build_tokenizer(texts, (*names, *things))
-    return coder_of(tokenizer)
-
-
-def coder_of(tokenizer: PreTrainedTokenizerFast) -> Coder:
-    """A coder around a tokenizer that ``make_coder`` made before."""
-    names, things = language.all_names(), language.all_things()
+    names, things = _names_and_things()
+    tokenizer = build_tokenizer(texts, names | things)
     seen = language.language(problems.TRAINING)
-    unseen = {*names, *things} - {*seen.names, *seen.things}
+    unseen = (names | things) - {*seen.names, *seen.things}
     vocabulary = tokenizer.get_vocab()
-    lexicon = build_lexicon(vocabulary, set(names), set(things), unseen)
+    lexicon = build_lexicon(vocabulary, names, things, unseen)
     return Coder(tokenizer, lexicon, vocabulary[END], vocabulary[PAD])
+
+
+def _names_and_things() -> tuple[set[str], set[str]]:
+    """Those of every use: held-out ones are tokens like the others."""
+    streams = problems.TRAINING, problems.CALIBRATION, problems.HELD_OUT
+    uses = [language.language(stream) for stream in streams]
+    names = {name for use in uses for name in use.names}
+    return names, {thing for use in uses for thing in use.things}
 
 
 def batches(
