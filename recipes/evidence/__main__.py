@@ -17,7 +17,6 @@ from specguard.bench.datasets import DataSet, Item
 from specguard.bench.journal import read_lines
 from specguard.bench.report import as_markdown, summarise
 from specguard.bench.runner import Run
-from specguard.bench.statistics import auc
 from specguard.core.errors import SpecguardError
 from specguard.models.pairs import BUILT_IN_PAIR, find_pair
 from specguard.models.tiny import problems
@@ -108,7 +107,7 @@ def signals(file: Path, kind: str, embedder: str, match: str) -> None:
     names = [name for name in found.values if match in name]
     by_kind = {error: found.only(error) for error in kinds}
     for name, area, low, high in judged.table(found, names):
-        areas = [f"{auc(part.values[name], part.is_right):.3f}" for part in by_kind.values()]
+        areas = [f"{judged.auc(part.values[name], part.is_right):.3f}" for part in by_kind.values()]
         within = f"{found.within_steps(name):.3f}"
         cells = [name, f"{area:.3f}", f"{low:.3f} - {high:.3f}", within, *areas]
         click.echo("| " + " | ".join(cells) + " |")

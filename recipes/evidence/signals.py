@@ -6,11 +6,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import mannwhitneyu
 
-from specguard.bench.statistics import Array, auc, interval
+from specguard.bench.statistics import Array, interval
 
 NUM_SAMPLES = 8  # of each step: the default number of candidates of the built-in pair
 _LOWER_IS_BETTER = ("entropy", "sink_mass")
+
+
+def auc(values: Array, is_right: NDArray[np.bool_]) -> float:
+    """Probability that a right step has the higher value than a wrong one, ties counting half."""
+    right, wrong = values[is_right], values[~is_right]
+    if not len(right) or not len(wrong):
+        return float("nan")
+    # As scikit-learn's roc_auc_score, in a quarter of the time: each interval takes 300 of them.
+    num_won = mannwhitneyu(right, wrong, method="asymptotic").statistic
+    return float(num_won / (len(right) * len(wrong)))
 
 
 @dataclass(frozen=True, slots=True)

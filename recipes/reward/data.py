@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from recipes.tiny.checker import judge
 from recipes.tiny.data import Coder
@@ -213,12 +214,11 @@ def replaced_batches(
 
 def pad(rows: list[Row], filler: int) -> tuple[Tensor, Tensor, Tensor]:
     """``token_ids``, ``labels`` and ``is_end``, each [B, T]."""
-    shape = len(rows), max(len(row.ids) for row in rows)
-    token_ids, labels = np.full(shape, filler), np.full(shape, _UNKNOWN)
-    is_end = np.zeros(shape, dtype=np.bool_)
-    for index, row in enumerate(rows):
-        length = len(row.ids)
-        token_ids[index, :length] = row.ids
-        labels[index, :length] = row.labels
-        is_end[index, :length] = row.is_end
-    return torch.from_numpy(token_ids), torch.from_numpy(labels), torch.from_numpy(is_end)
+    token_ids = [torch.tensor(row.ids) for row in rows]
+    labels = [torch.tensor(row.labels) for row in rows]
+    is_end = [torch.tensor(row.is_end) for row in rows]
+    return (
+        pad_sequence(token_ids, True, filler),
+        pad_sequence(labels, True, _UNKNOWN),
+        pad_sequence(is_end, True, False),
+    )

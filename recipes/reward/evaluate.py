@@ -5,10 +5,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from sklearn.metrics import brier_score_loss
 
-from recipes.evidence.signals import Sample
-from specguard.bench.statistics import auc
+from recipes.evidence.signals import Sample, auc
 from specguard.core import RewardModel
 from specguard.models.tiny import problems
 
@@ -39,7 +38,7 @@ class Quality:
             accuracy=float((is_accepted == is_right).mean()),
             right_accepted=float(is_accepted[is_right].mean()),
             wrong_accepted=float(is_accepted[~is_right].mean()),
-            brier=float(np.mean((rewards - is_right) ** 2)),
+            brier=float(brier_score_loss(is_right, rewards)),
             base_brier=share * (1 - share),
         )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from recipes.tiny.lexicon import Lexicon, build_lexicon
@@ -53,7 +54,7 @@ class Coder:
 
     def ids(self, text: str) -> list[int]:
         """Ids of a text, as they are anywhere in a longer one that is cut at its pieces."""
-        ids: list[int] = self.tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
 
@@ -108,10 +109,8 @@ def batches(
 
 def pad(rows: list[Row], filler: int) -> tuple[Tensor, Tensor]:
     """``token_ids`` [B, T] and ``labels`` [B, T], -100 where nothing is learned."""
-    shape = len(rows), max(len(row.ids) for row in rows)
-    token_ids, labels = np.full(shape, filler), np.full(shape, -100)
-    for i, row in enumerate(rows):
-        length = len(row.ids)
-        token_ids[i, :length] = row.ids
-        labels[i, :length] = np.where(row.learned, row.ids, -100)
-    return torch.from_numpy(token_ids), torch.from_numpy(labels)
+    token_ids = [torch.tensor(row.ids) for row in rows]
+    labels = [
+        ids.where(torch.tensor(row.learned), -100) for ids, row in zip(token_ids, rows, strict=True)
+    ]
+    return pad_sequence(token_ids, True, filler), pad_sequence(labels, True, -100)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from recipes.evidence.__main__ import main
 from recipes.evidence.selection import table
-from specguard.bench.statistics import auc
+from recipes.evidence.signals import auc
 
 
 @given(
