@@ -1,5 +1,6 @@
 """What is built: the package list, the wheel's content, the symlinks of a checkout."""
 
+import ast
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 SIBLINGS = ("backends", "cli", "models")
+# In the checkout alone: how the pair was made, what was measured, and the tests.
+NOT_INSTALLED = {"recipes", "benchmarks", "tests"}
 
 
 def folders_with_code() -> set[str]:
@@ -41,6 +44,22 @@ def listed_packages() -> set[str]:
 
 def test_every_folder_with_code_is_listed() -> None:
     assert listed_packages() == folders_with_code()
+
+
+def imported_names(file: Path) -> set[str]:
+    """Top-level names of everything that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_the_package_imports_nothing_of_the_checkout_alone() -> None:
+    for _, file in source_files():
+        assert not imported_names(file) & NOT_INSTALLED, file
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a development checkout needs symlinks")
@@ -85,6 +104,8 @@ def test_the_wheel_holds_every_module_and_the_built_in_pair(tmp_path: Path) -> N
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {f"{name.replace('.', '/')}/{file.name}" for name, file in source_files()}
     assert {name for name in names if name.endswith(".py")} == modules
+    [metadata] = {name.split("/")[0] for name in names} - {"specguard"}
+    assert metadata.endswith(".dist-info")
     assert "specguard/py.typed" in names
     assert "specguard/models/tiny/language.json" in names
     for role in "draft", "target", "reward":
