@@ -62,6 +62,15 @@ class Checkpoint:
         return int(limit) if limit else 2**31
 
     @property
+    def num_cached_numbers(self) -> int:
+        """Numbers that the keys and values of one token are, all layers together."""
+        config = self.text_config
+        heads = int(config.get("num_attention_heads") or 0)
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        dim = config.get("head_dim") or (int(config.get("hidden_size") or 0) // max(1, heads))
+        return 2 * int(config.get("num_hidden_layers") or 0) * kv_heads * int(dim)
+
+    @property
     def capture_refusal(self) -> str | None:
         """Why the columns of its attention are not all of the sequence's positions, or None."""
         config = self.text_config

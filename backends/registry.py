@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
+from specguard.backends.memory import Demand
+from specguard.core.engine import Engine
 from specguard.core.errors import SpecguardError, UsageError
-from specguard.core.model import LanguageModel
 
 ENTRY_POINT_GROUP = "specguard.backends"
 AUTO = "auto"
@@ -52,7 +53,7 @@ class Backend(Protocol):
         trust_remote_code: bool,
         device: str | None,
         is_headless: bool = False,
-    ) -> LanguageModel[Any]:
+    ) -> Engine:
         """Load a folder or a downloaded hub id; ``device`` is what followed the name, if anything.
 
         ``is_headless`` loads the layers alone, for a reward model: hidden states are right and
@@ -60,6 +61,18 @@ class Backend(Protocol):
 
         Raises:
             SpecguardError: it cannot be loaded; the message says why.
+        """
+
+
+@runtime_checkable
+class MeasuredBackend(Backend, Protocol):
+    """A backend that says what a model will take: what does not fit is refused beforehand."""
+
+    def demand(self, source: str, dtype: str, device: str | None) -> Demand:
+        """What loading a model will take, and of which memory; arguments as in `load`.
+
+        Raises:
+            SpecguardError: the model is missing or broken, or there is no such device.
         """
 
 

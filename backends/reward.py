@@ -11,18 +11,18 @@ Separator and system prompt are Qwen's unless the config says otherwise::
     "specguard_prm": {"separator": "<|endoftext|>", "system_prompt": null}
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from specguard.backends.checkpoint import Checkpoint, open_checkpoint
+from specguard.backends.local.kept import common_length
 from specguard.backends.registry import choose_backend
 from specguard.backends.tensors import read_tensors
+from specguard.core.engine import Engine, FloatArray, ScoreJob
 from specguard.core.errors import SpecguardError
-from specguard.core.model import FloatArray, LanguageModel, TokenSequence
 
 SEPARATOR = "<extra_0>"
 SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -50,14 +50,14 @@ def load_reward_model(
     head = read_head(checkpoint)
     separator, system_prompt = _settings(checkpoint)
     _, implementation, device = choose_backend(backend)
-    model = implementation.load(source, dtype, trust_remote_code, device, is_headless=True)
-    separator_id = model.tokenizer.vocabulary.get(separator)
+    engine = implementation.load(source, dtype, trust_remote_code, device, is_headless=True)
+    separator_id = engine.tokenizer.vocabulary.get(separator)
     if separator_id is None:
         raise SpecguardError(
             f"{source} is no process reward model: its tokenizer has no {separator}",
             f"name the token that ends a step in config.json: {SETTINGS_KEY}.separator",
         )
-    return StepRewardModel(model, head, separator_id, system_prompt)
+    return StepRewardModel(engine, head, separator_id, system_prompt)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,82 +113,70 @@ def _settings(checkpoint: Checkpoint) -> tuple[str, str | None]:
     return str(settings["separator"]), settings["system_prompt"]
 
 
+@dataclass(slots=True)
+class _Read:
+    """What was read of one problem: its prompt, and the steps with their rewards."""
+
+    prompt: tuple[int, ...]
+    steps: list[str] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+
+
 class StepRewardModel:
-    """A `specguard.core.RewardModel` on a backend's model. Make one with `load_reward_model`."""
+    """A `specguard.core.RewardModel` on any engine that hands hidden states over.
+
+    Make one with `load_reward_model`.
+    """
 
     def __init__(
-        self,
-        model: LanguageModel[Any],
-        head: Head,
-        separator_id: int,
-        system_prompt: str | None = None,
+        self, engine: Engine, head: Head, separator_id: int, system_prompt: str | None = None
     ) -> None:
-        self.model = model
+        self.engine = engine
         self.head = head
         self.separator_id = separator_id
         self.system_prompt = system_prompt
+        self._read: dict[Hashable, _Read] = {}
 
     @property
     def name(self) -> str:
         """Folder or hub id."""
-        return self.model.name
+        return self.engine.name
 
-    def start(self, problem: str) -> "StepRewardSequence":
-        """Read a problem; its tokens are forwarded once.
-
-        Raises:
-            SpecguardError: it does not fit the context window.
-        """
-        prompt = self.model.tokenizer.encode_prompt(problem, self.system_prompt, False)
-        return StepRewardSequence(self, self.model.start(prompt))
-
-
-class StepRewardSequence:
-    """A `specguard.core.RewardSequence`: one pass over each new step."""
-
-    def __init__(self, owner: StepRewardModel, sequence: TokenSequence) -> None:
-        self._owner = owner
-        self._sequence = sequence
-        self._steps: list[str] = []
-        self._rewards: list[float] = []
-        self._lengths = [len(sequence.token_ids)]  # in tokens: the prompt, then after each step
-
-    def rewards(self, steps: Sequence[str]) -> list[float]:
-        """The probability in [0, 1] that each step is right; blank space around a step is dropped.
+    async def rewards(self, key: Hashable, problem: str, steps: Sequence[str]) -> list[float]:
+        """The probability in [0, 1] that each step is right; blank space around it is dropped.
 
         Raises:
             SpecguardError: the solution does not fit the context window.
-            ValueError: the sequence is closed.
         """
-        if self._sequence.is_closed:
-            raise ValueError("the sequence is closed")
-        stripped = [step.strip() for step in steps]
-        same = 0
-        while same < min(len(stripped), len(self._steps)) and stripped[same] == self._steps[same]:
-            same += 1
-        self._cut(same)
-        for step in stripped[same:]:
-            self._read(step)
-        return list(self._rewards)
+        tokenizer = self.engine.tokenizer
+        if key not in self._read:
+            prompt = tokenizer.encode_prompt(problem, self.system_prompt, False)
+            self._read[key] = _Read(prompt.token_ids)
+        read = self._read[key]
+        wanted = [step.strip() for step in steps]
+        num_same = common_length(read.steps, wanted)
+        del read.steps[num_same:], read.rewards[num_same:]
+        prefix = list(read.prompt)
+        for step in wanted[:num_same]:
+            prefix += [*tokenizer.encode(step), self.separator_id]
+        for step in wanted[num_same:]:
+            token_ids = [*tokenizer.encode(step), self.separator_id]
+            # The state that is handed over predicted the last token: with one token behind the
+            # separator, it is the separator's.
+            job = ScoreJob(
+                key=(self, key),
+                prefix=tuple(prefix),
+                continuations=((*token_ids, self.separator_id),),
+                hidden_state=True,
+            )
+            [seen] = await self.engine.score(job)
+            assert seen.hidden_state is not None
+            prefix += token_ids
+            read.steps.append(step)
+            read.rewards.append(self.head(seen.hidden_state))
+        return list(read.rewards)
 
-    def close(self) -> None:
-        """Give the KV back."""
-        self._sequence.close()
-
-    def _cut(self, num_steps: int) -> None:
-        del self._steps[num_steps:], self._rewards[num_steps:], self._lengths[num_steps + 1 :]
-        if len(self._sequence.token_ids) > self._lengths[-1]:
-            self._owner.model.rewind(self._sequence, self._lengths[-1])
-
-    def _read(self, step: str) -> None:
-        model, separator = self._owner.model, self._owner.separator_id
-        # A pass hands over the hidden state that predicted its last token: with one token behind
-        # the separator, that is the separator's. The token is taken back, nothing has read it.
-        token_ids = [*model.tokenizer.encode(step), separator, separator]
-        [seen] = model.extend([self._sequence], [token_ids], hidden_state=True)
-        assert seen.last_hidden_state is not None
-        length = len(self._sequence.token_ids) - 1
-        model.rewind(self._sequence, length)
-        self._steps.append(step)
-        self._rewards.append(self._owner.head(seen.last_hidden_state))
-        self._lengths.append(length)
+    def release(self, key: Hashable) -> None:
+        """Forget a problem."""
+        self._read.pop(key, None)
+        self.engine.release((self, key))

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from specguard.backends.checkpoint import read_json_object
+from specguard.core.engine import Prompt
 from specguard.core.errors import SpecguardError, UsageError
-from specguard.core.model import Prompt
 
 _THINKING_SWITCH = "enable_thinking"
 _STAND_IN = "\ue000problem\ue000"

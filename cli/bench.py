@@ -1,5 +1,6 @@
 """``specguard bench``: compare methods on one machine, in one run that can be resumed."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,13 @@ from click.core import ParameterSource
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from specguard import UsageError, load
-from specguard.backends.registry import choose_backend
+from specguard import UsageError
 from specguard.bench.methods import choose_methods
 from specguard.cli.data import data_options, read_data
-from specguard.cli.options import model_options, numbers
-from specguard.cli.output import console
-from specguard.core import Engine, SpecguardError
+from specguard.cli.options import ModelOptions, model_options, numbers
+from specguard.cli.output import console, print_notes
+from specguard.core import Solver, SpecguardError
 from specguard.files import write_atomically
-from specguard.loading import choose, load_reward
 
 _DEFAULT_METHODS = "target,draft,sd,specguard,paper"
 
@@ -54,13 +53,7 @@ _DEFAULT_METHODS = "target,draft,sd,specguard,paper"
 @click.pass_context
 def bench(
     ctx: click.Context,
-    pair: str | None,
-    draft: str | None,
-    target: str | None,
-    backend: str,
-    dtype: str,
-    trust_remote_code: bool,
-    profile: str | None,
+    models: ModelOptions,
     methods: str,
     dataset: str | None,
     data: Path | None,
@@ -85,41 +78,33 @@ def bench(
     chosen_seeds = numbers(seeds, "--seeds", int)
     if any(seed < 0 for seed in chosen_seeds):
         raise UsageError("a seed must not be negative")
+    if memory_budget is not None and batch_size == 1:
+        raise UsageError("--memory-budget has no meaning without a --batch-size")
     items = read_data(dataset, data, fields, limit)
-    err = console(stderr=True)
-    engine = load(
-        pair,
-        backend=backend,
-        draft=draft,
-        target=target,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        profile=profile,
-    )
-    chosen = choose_methods(tuple(filter(None, map(str.strip, methods.split(",")))), engine.config)
-    if not chosen:
-        raise UsageError("no method is given")
-    if any(method.needs_reward for method in chosen):
-        found = choose(pair, backend, draft, target).pair
-        engine.reward = load_reward(found, reward, backend, dtype, trust_remote_code)
-    elif reward is not None:
-        raise UsageError("--reward has no meaning: none of the methods asks a reward model")
     try:
         from specguard.bench.runner import Run
     except ImportError as error:
         raise SpecguardError(
             f"the package {error.name} is not installed", "pip install 'specguard[bench]'"
         ) from error
-    if memory_budget is not None and batch_size == 1:
-        raise UsageError("--memory-budget has no meaning without a --batch-size")
+    err = console(stderr=True)
+    solver = models.load()
+    print_notes(solver, err)
+    chosen = choose_methods(tuple(filter(None, map(str.strip, methods.split(",")))), solver.config)
+    if not chosen:
+        raise UsageError("no method is given")
+    if any(method.needs_reward for method in chosen):
+        solver.pair = replace(solver.pair, reward=models.load_reward(reward))
+    elif reward is not None:
+        raise UsageError("--reward has no meaning: none of the methods asks a reward model")
     budget = None if memory_budget is None else memory_budget * 2**20
-    name, _, _ = choose_backend(backend)
-    run = Run(engine, items, chosen, chosen_seeds, output, name, batch_size, budget)
+    backend = models.choose().backend
+    run = Run(solver, items, chosen, chosen_seeds, output, backend, batch_size, budget)
     try:
         _work(run, err)
     finally:
         run.close()
-    _report(run.rows, engine, output)
+    _report(run.rows, solver, output)
 
 
 def _refuse_options(ctx: click.Context) -> None:
@@ -147,7 +132,9 @@ def _work(run: Any, err: Any) -> None:
         task = progress.add_task("", total=total)
         for row in run.rows_to_come():
             right.setdefault(row["method"], []).append(row["is_right"])
-            shares = (f"{name} {sum(found) / len(found):.0%}" for name, found in right.items())
+            shares = (
+                f"{name} {sum(outcomes) / len(outcomes):.0%}" for name, outcomes in right.items()
+            )
             progress.update(task, advance=1, description=", ".join(shares))
     errors = [error for row in run.rows for error in row["errors"]]
     if errors:
@@ -157,11 +144,11 @@ def _work(run: Any, err: Any) -> None:
         )
 
 
-def _report(rows: list[dict[str, Any]], engine: Engine, output: Path) -> None:
+def _report(rows: list[dict[str, Any]], solver: Solver, output: Path) -> None:
     from specguard.bench.plot import plot
     from specguard.bench.report import as_csv, as_markdown, summarise
 
-    lines = summarise(rows, _num_parameters(engine))
+    lines = summarise(rows, _num_parameters(solver))
     table = as_markdown(lines)
     files = {
         "report.md": table.encode(),
@@ -180,11 +167,11 @@ def _report(rows: list[dict[str, Any]], engine: Engine, output: Path) -> None:
     click.echo(table, nl=False)
 
 
-def _num_parameters(engine: Engine) -> tuple[int, int]:
+def _num_parameters(solver: Solver) -> tuple[int, int]:
     from specguard.backends.checkpoint import open_checkpoint
 
     counts = [
         open_checkpoint(model.name).num_parameters if model is not None else 0
-        for model in (engine.draft, engine.target)
+        for model in (solver.draft, solver.target)
     ]
     return counts[0], counts[1]

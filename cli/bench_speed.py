@@ -9,12 +9,11 @@ from itertools import islice
 import click
 from rich.progress import Progress
 
-from specguard import UsageError, load
-from specguard.backends.registry import choose_backend
+from specguard import UsageError
 from specguard.bench.speed import Speed, SpeedRun
 from specguard.bench.tables import as_table, machine, machine_line
-from specguard.cli.options import model_options, numbers
-from specguard.cli.output import console
+from specguard.cli.options import ModelOptions, model_options, numbers
+from specguard.cli.output import console, print_notes
 
 
 @click.command()
@@ -39,13 +38,7 @@ from specguard.cli.output import console
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object in place of the tables.")
 def speed(
-    pair: str | None,
-    draft: str | None,
-    target: str | None,
-    backend: str,
-    dtype: str,
-    trust_remote_code: bool,
-    profile: str | None,
+    models: ModelOptions,
     counts: str,
     acceptances: str,
     count: int,
@@ -65,18 +58,12 @@ def speed(
         raise UsageError("--k must be at least 1")
     from specguard.models.tiny import problems
 
-    engine = load(
-        pair,
-        backend=backend,
-        draft=draft,
-        target=target,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        profile=profile,
-    )
-    run = SpeedRun(engine, candidates, time.process_time if cpu_time else time.perf_counter)
-    texts = [problem.text for problem in islice(problems.stream(problems.HELD_OUT), count)]
+    clock = time.process_time if cpu_time else time.perf_counter
     err = console(stderr=True)
+    solver = models.load()
+    print_notes(solver, err)
+    run = SpeedRun(solver, candidates, clock)
+    texts = [problem.text for problem in islice(problems.stream(problems.HELD_OUT), count)]
     with Progress(console=err, disable=not err.is_terminal) as progress:
         run.warm_up(texts[0])
         for text in progress.track(texts, description="solving"):
@@ -84,7 +71,7 @@ def speed(
     found = run.report(shares)
     about = {
         **machine(),
-        "backend": choose_backend(backend)[0],
+        "backend": models.choose().backend,
         "time": "CPU time" if cpu_time else "wall clock",
     }
     if as_json:
@@ -116,7 +103,7 @@ def rates_table(found: Speed) -> str:
 
 def costs_table(found: Speed) -> str:
     """The terms of the cost model, in ms, and the time a token that they add up to."""
-    columns = "k,t_d(k),t_t,v,v_d,s,n,n_max,n_r,r,ideal ms / token,measured,ratio,outside models"
+    columns = "k,t_d(k),t_t,v,s,n,n_max,n_r,r,ideal ms / token,measured,ratio,outside models"
     rows: list[Sequence[str]] = [
         (
             str(one.num_candidates),
@@ -126,7 +113,6 @@ def costs_table(found: Speed) -> str:
                     one.costs.draft_token,
                     one.costs.target_token,
                     one.costs.verify,
-                    one.costs.commit,
                     one.costs.catch_up,
                 )
             ),
@@ -142,7 +128,7 @@ def costs_table(found: Speed) -> str:
         for one in found.outcomes
     ]
     alone = found.outcomes[0].costs.target_token
-    target = ["target", "", _ms(alone), *[""] * 7, _ms(alone), _ms(found.target_seconds)]
+    target = ["target", "", _ms(alone), *[""] * 6, _ms(alone), _ms(found.target_seconds)]
     rows.append([*target, f"{found.target_ratio:.3f}", ""])
     return as_table(columns.split(","), rows)
 

@@ -7,13 +7,15 @@ from typing import Any
 import click
 from rich.progress import Progress
 
-from specguard import load
 from specguard.cli.data import data_options, read_data
-from specguard.cli.options import model_options
-from specguard.cli.output import console
-from specguard.core import Engine, SolveConfig, SpecguardError
+from specguard.cli.options import ModelOptions, model_options
+from specguard.cli.output import console, print_notes
+from specguard.core import SolveConfig, Solver, SpecguardError
+from specguard.core.config import TARGET_SELECTOR, changed_settings
 from specguard.files import write_atomically
 from specguard.models.profiles import Profile, fingerprint, profile_path, save_profile
+
+LABELS_VERSION = 1  # grows where equal settings come to mean other labels
 
 
 @click.command()
@@ -41,13 +43,7 @@ from specguard.models.profiles import Profile, fingerprint, profile_path, save_p
 )
 def calibrate(
     name: str,
-    pair: str | None,
-    draft: str | None,
-    target: str | None,
-    backend: str,
-    dtype: str,
-    trust_remote_code: bool,
-    profile: str | None,
+    models: ModelOptions,
     dataset: str | None,
     data: Path | None,
     fields: str | None,
@@ -65,16 +61,6 @@ def calibrate(
     """
     labels_path = profile_path(name).with_suffix(".jsonl")
     items = read_data(dataset, data, fields, limit or (100 if data is None else None))
-    engine = load(
-        pair,
-        backend=backend,
-        draft=draft,
-        target=target,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        profile=profile,
-    )
-    engine = _labelling(engine, verifier, num_candidates)
     try:
         from specguard.bench.grading import Grader
         from specguard.bench.journal import Journal
@@ -84,21 +70,24 @@ def calibrate(
         raise SpecguardError(
             f"the package {error.name} is not installed", "pip install 'specguard[bench]'"
         ) from error
-    assert engine.draft is not None
-    assert engine.target is not None
-    settings = {
-        "draft": fingerprint(engine.draft.name),
-        "target": fingerprint(engine.target.name),
-        "dataset": items.name,
-        "config": _what_labels_depend_on(engine.config),
-    }
     err = console(stderr=True)
+    solver = models.load()
+    print_notes(solver, err)
+    solver = _labelling(solver, verifier, num_candidates)
+    assert solver.draft is not None
+    assert solver.target is not None
+    settings: dict[str, Any] = {
+        "draft": fingerprint(solver.draft.name),
+        "target": fingerprint(solver.target.name),
+        "dataset": items.name,
+        "config": {"version": LABELS_VERSION, "settings": _what_labels_depend_on(solver.config)},
+    }
     with Journal(labels_path, settings) as journal, Grader() as grader:
         done = {row["id"] for row in journal.rows}
         with Progress(console=err, disable=not err.is_terminal) as progress:
             for item in progress.track(items.items, description="labelling steps"):
                 if item.id not in done:
-                    steps = list(label_steps(engine, item, grader))
+                    steps = label_steps(solver, item, grader)
                     journal.append({"id": item.id, "steps": steps})
         wanted = {item.id for item in items.items}
         rows = [
@@ -107,40 +96,45 @@ def calibrate(
             if row["id"] in wanted
             for step in row["steps"]
         ]
-    found = fit(rows, engine.config.verifier, kind, accept_wrong)  # type: ignore[arg-type]
+    fitted = fit(rows, solver.config.verifier, kind, accept_wrong)  # type: ignore[arg-type]
     figures: dict[str, Any] = {
-        "steps": found.num_steps,
-        "right": found.num_right,
-        "auc": found.auc,
-        "brier": found.brier,
-        "right_accepted": found.right_accepted,
-        "wrong_accepted": found.wrong_accepted,
+        "steps": fitted.num_steps,
+        "right": fitted.num_right,
+        "auc": fitted.auc,
+        "brier": fitted.brier,
+        "right_accepted": fitted.right_accepted,
+        "wrong_accepted": fitted.wrong_accepted,
     }
-    made = Profile(name, settings["draft"], settings["target"], found.verifier, figures)
-    path = save_profile(made)
-    write_atomically(path.with_suffix(".png"), reliability_plot(found))
-    weights = ", ".join(f"{key} {value:.2f}" for key, value in found.verifier.weights.items())
-    click.echo(f"{found.num_steps} steps, {found.num_right} of them right")
-    click.echo(f"weights: {weights}; threshold {found.verifier.threshold:.3f}")
-    click.echo(f"AUC {found.auc:.3f}, Brier score {found.brier:.3f} (cross-validated)")
+    profile = Profile(name, settings["draft"], settings["target"], fitted.verifier, figures)
+    path = save_profile(profile)
+    write_atomically(path.with_suffix(".png"), reliability_plot(fitted))
+    weights = ", ".join(f"{key} {value:.2f}" for key, value in fitted.verifier.weights.items())
+    click.echo(f"{fitted.num_steps} steps, {fitted.num_right} of them right")
+    click.echo(f"weights: {weights}; threshold {fitted.verifier.threshold:.3f}")
+    click.echo(f"AUC {fitted.auc:.3f}, Brier score {fitted.brier:.3f} (cross-validated)")
     click.echo(
-        f"accepts {found.right_accepted:.1%} of the right and {found.wrong_accepted:.1%} of the "
+        f"accepts {fitted.right_accepted:.1%} of the right and {fitted.wrong_accepted:.1%} of the "
         "wrong steps"
     )
     click.echo(f"profile: {path} (use it: --profile {name})")
 
 
-def _labelling(engine: Engine, verifier: Any, num_candidates: int | None) -> Engine:
-    """The engine with the settings that steps are proposed and read with."""
-    config = engine.config
+def _labelling(solver: Solver, verifier: Any, num_candidates: int | None) -> Solver:
+    """The solver with the settings that steps are proposed and read with."""
+    config = solver.config
     if verifier is not None:
-        config = replace(config, selector=config.embedder)
+        config = replace(config, selector=_embedder(config))
         config = replace(config, verifier=replace(config.verifier, model=verifier, bounds={}))
     if num_candidates is not None:
         config = replace(config, num_candidates=num_candidates)
-    return Engine(engine.draft, engine.target, config)
+    return Solver(solver.draft, solver.target, config)
 
 
-def _what_labels_depend_on(config: SolveConfig) -> str:
+def _embedder(config: SolveConfig) -> str:
+    """Steps are selected by their consistency: whether the target would is not known yet."""
+    return "draft" if config.selector == TARGET_SELECTOR else config.selector
+
+
+def _what_labels_depend_on(config: SolveConfig) -> dict[str, Any]:
     verifier = replace(config.verifier, bounds={}, threshold=0.7, weights={})
-    return repr(replace(config, selector=config.embedder, verifier=verifier))
+    return changed_settings(replace(config, selector=_embedder(config), verifier=verifier))

@@ -9,8 +9,6 @@ import click
 from specguard import SpecguardError, UsageError, __version__
 from specguard.cli.backends import backends
 from specguard.cli.bench import bench
-from specguard.cli.bench_context import context
-from specguard.cli.bench_peers import peers
 from specguard.cli.bench_speed import speed
 from specguard.cli.calibrate import calibrate
 from specguard.cli.models import models
@@ -57,6 +55,4 @@ main.add_command(backends)
 main.add_command(trace)
 main.add_command(bench)
 bench.add_command(speed)
-bench.add_command(peers)
-bench.add_command(context)
 main.add_command(calibrate)

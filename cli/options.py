@@ -1,11 +1,13 @@
 """Option groups that several commands share, and how they become settings."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from functools import wraps
 from typing import Any, TypeVar, get_args
 
 import click
 
+from specguard.core import RewardModel, Solver
 from specguard.core.config import (
     PRESETS,
     TARGET_SELECTOR,
@@ -14,8 +16,9 @@ from specguard.core.config import (
     VerifierConfig,
     ensemble_weights,
 )
+from specguard.core.engine import Sampling
 from specguard.core.errors import UsageError
-from specguard.core.model import Sampling
+from specguard.loading import Choice, choose, load, load_reward
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,7 +34,7 @@ LIMITED = {
     "sources": ("--sources", _SPECGUARD),
     "selector": ("--selector", _STEPWISE),
     "rewrite_temperature": ("--rewrite-temperature", _STEPWISE),
-    "num_speculated": ("--speculate", (*_STEPWISE, "sd")),
+    "num_speculated": ("--speculate", ("sd",)),
     "reward": ("--reward", ("rsd",)),
     "no_fallback": ("--no-fallback", _STEPWISE),
 }
@@ -52,8 +55,52 @@ UNCHANGED = (
 )
 
 
-def model_options(command: F) -> F:
-    """Which models to load, and where."""
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which models to load, and where, as the options say."""
+
+    pair: str | None
+    draft: str | None
+    target: str | None
+    backend: str
+    draft_backend: str | None
+    dtype: str
+    trust_remote_code: bool
+    profile: str | None
+
+    def choose(self) -> Choice:
+        """What will be loaded."""
+        return choose(self.pair, self.backend, self.draft, self.target, self.draft_backend)
+
+    def load(self, **more: Any) -> Solver:
+        """The models with settings."""
+        return load(
+            self.pair,
+            backend=self.backend,
+            draft_backend=self.draft_backend,
+            draft=self.draft,
+            target=self.target,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+            profile=self.profile,
+            **more,
+        )
+
+    def load_reward(self, reward: str | None) -> RewardModel:
+        """The process reward model that was named, or the pair's."""
+        pair = self.choose().pair
+        return load_reward(pair, reward, self.backend, self.dtype, self.trust_remote_code)
+
+
+def model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Which models to load, and where: the command's parameter ``models``."""
+
+    @wraps(command)
+    def with_models(**options: Any) -> None:
+        given = {field.name: options.pop(field.name) for field in fields(ModelOptions)}
+        command(models=ModelOptions(**given), **options)
+
+    wrapped: Callable[..., None] = with_models
     for option in reversed(
         (
             click.option(
@@ -69,6 +116,11 @@ def model_options(command: F) -> F:
                 show_default=True,
                 metavar="[auto|mlx|cuda|cuda:N|mps|cpu]",
                 help="Where to run, see specguard backends.",
+            ),
+            click.option(
+                "--draft-backend",
+                metavar="BACKEND",
+                help="Where the draft runs, if elsewhere than the target.",
             ),
             click.option(
                 "--dtype",
@@ -87,8 +139,8 @@ def model_options(command: F) -> F:
             ),
         )
     ):
-        command = option(command)
-    return command
+        wrapped = option(wrapped)
+    return wrapped
 
 
 def method_options(command: F) -> F:
@@ -153,8 +205,7 @@ def method_options(command: F) -> F:
                 "--speculate",
                 "num_speculated",
                 type=int,
-                help="Tokens that the draft guesses ahead: in --method sd [4], and where the "
-                "target rewrites a step [off].",
+                help="Tokens that the draft guesses ahead in --method sd [4].",
             ),
             click.option("--max-tokens", type=int, help="Most tokens of a solution."),
             click.option("--max-step-tokens", type=int, help="Most tokens of a step."),
@@ -210,8 +261,6 @@ def settings_from(options: Mapping[str, Any], base: SolveConfig) -> dict[str, An
                 f"leave it out, or use --method {' or '.join(methods)}",
             )
     changes = {name: given[name] for name in UNCHANGED if name in given}
-    if "num_speculated" in given:
-        changes["rewrite"] = "speculate"
     if "no_fallback" in given:
         changes["draft_cost"] = None
     if given["method"] == "rsd":
@@ -232,10 +281,12 @@ def settings_from(options: Mapping[str, Any], base: SolveConfig) -> dict[str, An
             raise UsageError("--top-p has no meaning at temperature 0", "give --temperature too")
     if "rewrite_temperature" in given:
         changes["rewrite_sampling"] = Sampling(given["rewrite_temperature"], 1.0)
-    changes["verifier"] = _verifier(given, base.verifier)
+    verifier = _verifier(given, base.verifier)
+    if given.keys() & {"preset", "beta", "threshold", "verifier", "sources"}:
+        changes["verifier"] = verifier  # else what the engines lack may still change it
     # Presets are the paper's method, whose selector is the medoid; and where the target does not
     # verify, it cannot select.
-    is_medoid = "preset" in given or changes["verifier"].model != "target"
+    is_medoid = "preset" in given or verifier.model != "target"
     if "selector" not in given and base.selector == TARGET_SELECTOR and is_medoid:
         changes["selector"] = "draft"
     return changes

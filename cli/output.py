@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from specguard.core.config import SolveConfig
+from specguard.core import Solver
 from specguard.core.records import Solution, StepRecord
 from specguard.loading import Choice
 
@@ -18,6 +18,12 @@ def console(stderr: bool = False) -> Console:
     """A console that drops colour without a terminal or with NO_COLOR, and never wraps pipes."""
     made = Console(stderr=stderr, highlight=False)
     return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=10_000)
+
+
+def print_notes(solver: Solver, err: Console) -> None:
+    """What the user should know of the engines and of what they lack."""
+    for note in solver.notes:
+        err.print(f"{escape(note)}.", style="dim")
 
 
 class Reporter:
@@ -37,10 +43,11 @@ class Reporter:
         with self.err.status("loading") as status:
             yield lambda name: status.update(f"loading {escape(name)}")
 
-    def start(self, config: SolveConfig, choice: Choice) -> None:
+    def start(self, solver: Solver, choice: Choice) -> None:
         """Hints that belong before the first step."""
         if self.is_silent:
             return
+        config = solver.config
         if choice.is_fallback:
             self.err.print(
                 "Built-in pair: it knows grade-school word problems only. For a real one: "
@@ -53,6 +60,7 @@ class Reporter:
                 "used.",
                 style="yellow",
             )
+        print_notes(solver, self.err)
 
     def step(self, step: StepRecord) -> None:
         """One step: who wrote it, its text, its scores."""

@@ -2,17 +2,24 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import click
 
-from specguard import Engine, Solution, UsageError, load
-from specguard.cli.options import check_unicode, method_options, model_options, settings_from
+from specguard import Solution, Solver, UsageError
+from specguard.cli.options import (
+    ModelOptions,
+    check_unicode,
+    method_options,
+    model_options,
+    settings_from,
+)
 from specguard.cli.output import Reporter, console
 from specguard.cli.trace import write_trace
 from specguard.core.records import step_to_dict
-from specguard.loading import choose, configure
+from specguard.loading import configure
 
 
 @click.command()
@@ -36,13 +43,7 @@ from specguard.loading import choose, configure
 def solve(
     problem: str | None,
     file: Path | None,
-    pair: str | None,
-    draft: str | None,
-    target: str | None,
-    backend: str,
-    dtype: str,
-    trust_remote_code: bool,
-    profile: str | None,
+    models: ModelOptions,
     as_json: bool,
     as_jsonl: bool,
     quiet: bool,
@@ -59,28 +60,21 @@ def solve(
     if trace is not None and as_jsonl:
         raise UsageError("--trace and --jsonl exclude one another")
     text = read_problem(problem, file)
-    choice = choose(pair, backend, draft, target)
-    settings = settings_from({**options, "reward": reward}, configure(choice.pair, profile))
+    choice = models.choose()
+    settings = settings_from({**options, "reward": reward}, configure(choice.pair, models.profile))
     reporter = Reporter(is_silent=as_json or as_jsonl or quiet)
     with reporter.loading() as progress:
-        engine = load(
-            choice.pair.name if choice.pair else None,
-            backend=backend,
-            draft=draft,
-            target=target,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            profile=profile,
+        solver = replace(models, pair=choice.pair.name if choice.pair else None).load(
             reward=reward,
             progress=progress,
             detail=detail or trace is not None,
             **settings,
         )
     if as_jsonl:
-        _solve_as_jsonl(engine, text)
+        _solve_as_jsonl(solver, text)
         return
-    reporter.start(engine.config, choice)
-    with engine.stream(text) as steps:
+    reporter.start(solver, choice)
+    with solver.stream(text) as steps:
         for step in steps:
             reporter.step(step)
     solution = steps.solution
@@ -135,11 +129,11 @@ def _decode(stream: BinaryIO, name: str) -> str:
         raise UsageError(f"{name} is not valid UTF-8 (byte {error.start})") from error
 
 
-def _solve_as_jsonl(engine: Engine, problem: str) -> None:
+def _solve_as_jsonl(solver: Solver, problem: str) -> None:
     def emit(event: str, data: dict[str, Any]) -> None:
         click.echo(json.dumps({"event": event, **data}, ensure_ascii=False))
 
-    with engine.stream(problem) as steps:
+    with solver.stream(problem) as steps:
         for step in steps:
             emit("step", step_to_dict(step))
     assert steps.solution is not None

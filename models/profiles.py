@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ import cattrs
 import tomli_w
 
 from specguard.backends.checkpoint import open_checkpoint
-from specguard.core import Engine
-from specguard.core.config import VerifierConfig
+from specguard.core.config import Author, VerifierConfig
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.files import write_atomically
 from specguard.models.settings import settings_path
@@ -32,19 +32,18 @@ class Profile:
     verifier: VerifierConfig
     figures: dict[str, float] = field(default_factory=dict)
 
-    def check(self, engine: Engine) -> None:
-        """Refuse another pair.
+    def check(self, sources: Mapping[Author, str]) -> None:
+        """Refuse another pair, before it is loaded.
 
         Raises:
             SpecguardError: a model is not the one that the profile was fitted to.
         """
-        for role, model, known in (
-            ("draft", engine.draft, self.draft),
-            ("target", engine.target, self.target),
-        ):
-            if model is not None and fingerprint(model.name) != known:
+        fitted: dict[Author, str] = {"draft": self.draft, "target": self.target}
+        for role, known in fitted.items():
+            source = sources.get(role)
+            if source is not None and fingerprint(source) != known:
                 raise SpecguardError(
-                    f"profile {self.name!r} was fitted to another {role} than {model.name}",
+                    f"profile {self.name!r} was fitted to another {role} than {source}",
                     "calibrate this pair: specguard calibrate",
                 )
 

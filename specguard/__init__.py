@@ -1,15 +1,15 @@
 """SpecGuard: step-level speculative decoding that shows why it trusted each step.
 
 ``specguard.load().solve("...")`` solves with the default pair; `specguard.core` works with any
-`specguard.core.LanguageModel`.
+`specguard.core.Engine`.
 """
 
 from specguard.core import (
     DraftCost,
-    Engine,
     Sampling,
     Solution,
     SolveConfig,
+    Solver,
     SpecguardError,
     StepRecord,
     UsageError,
@@ -19,14 +19,14 @@ from specguard.core import (
 )
 from specguard.loading import load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DraftCost",
-    "Engine",
     "Sampling",
     "Solution",
     "SolveConfig",
+    "Solver",
     "SpecguardError",
     "StepRecord",
     "UsageError",

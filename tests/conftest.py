@@ -8,7 +8,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.pop("SPECGUARD_WITHOUT", None)
+os.environ.pop("SPECGUARD_REFERENCE", None)
 
 PROBLEM = "Mia has 24 shells. Mia sells half of the shells. How many shells does Mia have?"
 ROOT = Path(__file__).parent.parent

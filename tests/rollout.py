@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from specguard.core.model import AttentionBlock, BoolArray, FloatArray
+from specguard.core.engine import AttentionBlock, BoolArray, FloatArray
 
 
 def clean(weights: FloatArray, is_sink: BoolArray, epsilon: float) -> FloatArray:

@@ -1,25 +1,30 @@
-"""A fake model for the loop: it proposes what a script says and records what it is asked."""
+"""A scripted engine for the core: it answers as its script says and keeps the jobs it was given.
 
-from collections.abc import Sequence
+It refuses what a real engine could not do: a job that asks for a feature it lacks, and a job of a
+problem that is over.
+"""
+
+import asyncio
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from specguard.core import (
-    Acceptance,
+    ALL_FEATURES,
     AttentionBlock,
     Boundary,
     Candidate,
-    Capture,
+    Feature,
+    GenerateJob,
     Observation,
     Prompt,
-    Sampling,
+    ScoreJob,
 )
-from specguard.core.drafting import WholeDrafting
-from specguard.core.model import CandidateFinish, FloatArray
+from specguard.core.engine import CandidateFinish
 
 EOS = 0
+Script = list[list[str] | str] | Callable[[GenerateJob], list[str]]
 
 
 class CharTokenizer:
@@ -42,72 +47,97 @@ class CharTokenizer:
         return Prompt(tuple(ids), (len(head), len(ids) - 1))
 
 
-class FakeSequence:
-    def __init__(self, token_ids: list[int]) -> None:
-        self.token_ids = token_ids
-        self.is_closed = False
-
-    def fork(self) -> "FakeSequence":
-        return FakeSequence(list(self.token_ids))
-
-    def close(self) -> None:
-        self.is_closed = True
-
-
 @dataclass
 class Scripted:
-    """Proposes ``script`` step by step; text by text a log-prob and a source mass.
+    """Writes ``script`` step by step, for every problem from its beginning.
 
-    An entry of the script is a list of texts (the candidates) or one text; "$" at a text's end is
-    EOS. ``fail_at`` names a verb that raises.
+    An entry is a list of texts (the candidates of a job) or one text for all; "$" at a text's end
+    is EOS; the last entry repeats. A function makes the texts of a job instead. Text by text there
+    is a log-prob, a source mass, and how many tokens at its beginning the model would have written
+    itself. A ``fail_at`` job, "generate" or "score", raises ``error`` where its prefix holds
+    ``fail_on``. Every job waits ``num_turns`` turns of the event loop.
     """
 
     name: str
-    script: list[list[str] | str]
+    script: Script
     logprobs: dict[str, float] = field(default_factory=dict)
     source_mass: dict[str, float] = field(default_factory=dict)
+    first_choices: dict[str, int] = field(default_factory=dict)
+    features: frozenset[Feature] = ALL_FEATURES - {"distributions"}
+    reasons: dict[Feature, str] = field(default_factory=dict)
     context_limit: int = 4096
     num_bytes_per_token: int = 8
-    capture_refusal: str | None = None
     tokenizer: CharTokenizer = field(default_factory=CharTokenizer)
-    fail_at: str | None = None
     default_logprob: float = -0.1
-    calls: list[tuple[object, ...]] = field(default_factory=list)
-    sequences: list[FakeSequence] = field(default_factory=list)
-    num_steps: int = 0
+    fail_at: str | None = None
+    fail_on: str = ""
+    error: BaseException = field(default_factory=lambda: RuntimeError("it failed"))
+    num_turns: int = 1
+    jobs: list[GenerateJob | ScoreJob] = field(default_factory=list)
+    released: list[Hashable] = field(default_factory=list)
+    num_steps: dict[Hashable, int] = field(default_factory=dict)
 
-    def called(self, verb: str) -> list[tuple[object, ...]]:
-        return [call for call in self.calls if call[0] == verb]
+    @property
+    def verbs(self) -> list[str]:
+        return ["generate" if isinstance(job, GenerateJob) else "score" for job in self.jobs]
 
-    def _log(self, verb: str, *rest: object) -> None:
-        self.calls.append((verb, *rest))
-        if verb == self.fail_at:
-            raise RuntimeError(f"{verb} failed")
+    @property
+    def generated(self) -> list[GenerateJob]:
+        return [job for job in self.jobs if isinstance(job, GenerateJob)]
 
-    def start(self, prompt: Prompt, prefix: FakeSequence | None = None) -> FakeSequence:
-        self._log("start")
-        self.sequences.append(FakeSequence(list(prompt.token_ids)))
-        return self.sequences[-1]
+    @property
+    def scored(self) -> list[ScoreJob]:
+        return [job for job in self.jobs if isinstance(job, ScoreJob)]
 
-    def propose(
-        self,
-        sequences: Sequence[FakeSequence],
-        num_candidates: int,
-        sampling: Sampling,
-        boundaries: Sequence[Boundary],
-        uniforms: FloatArray,
-        keep_distributions: bool = False,
-    ) -> list[list[Candidate]]:
-        [boundary] = boundaries
-        assert uniforms.shape == (len(sequences), num_candidates, boundary.max_tokens)
-        self._log("propose", num_candidates, sampling, boundary.max_tokens)
-        entry = self.script[min(self.num_steps, len(self.script) - 1)]
-        self.num_steps += 1
-        texts = entry if isinstance(entry, list) else [entry] * num_candidates
-        assert len(texts) == num_candidates
-        return [[self._candidate(text, boundary) for text in texts] for _ in sequences]
+    @property
+    def scored_texts(self) -> list[list[str]]:
+        return [list(map(self.tokenizer.decode, job.continuations)) for job in self.scored]
 
-    def _candidate(self, text: str, boundary: Boundary) -> Candidate:
+    @property
+    def held(self) -> set[Hashable]:
+        """Keys of jobs whose problem has not been released."""
+        return {job.key for job in self.jobs} - set(self.released)
+
+    def prefix_of(self, job: GenerateJob | ScoreJob) -> str:
+        return self.tokenizer.decode(job.prefix)
+
+    async def generate(self, job: GenerateJob) -> list[Candidate]:
+        assert not job.hidden_states or "hidden states" in self.features
+        assert not job.distributions or "distributions" in self.features
+        assert job.uniforms is not None
+        await self._begin("generate", job)
+        if callable(self.script):
+            texts = self.script(job)
+        else:
+            number = self.num_steps.get(job.key, 0)
+            self.num_steps[job.key] = number + 1
+            entry = self.script[min(number, len(self.script) - 1)]
+            texts = entry if isinstance(entry, list) else [entry] * job.num_candidates
+        assert len(texts) == job.num_candidates
+        return [self._candidate(text, job.boundary, job.hidden_states) for text in texts]
+
+    async def score(self, job: ScoreJob) -> list[Observation]:
+        assert job.capture is None or "attention" in self.features
+        assert not job.hidden_state or "hidden states" in self.features
+        assert job.distributions is None or "distributions" in self.features
+        await self._begin("score", job)
+        return [self._observe(job, token_ids) for token_ids in job.continuations]
+
+    def release(self, key: Hashable) -> None:
+        self.released.append(key)
+
+    async def _begin(self, verb: str, job: GenerateJob | ScoreJob) -> None:
+        assert job.key not in self.released, "the problem of this job is over"
+        self.jobs.append(job)
+        for _ in range(self.num_turns):
+            await asyncio.sleep(0)
+        if verb == self.fail_at and self.fail_on in self.prefix_of(job):
+            raise self.error
+
+    def _entropies(self, count: int) -> np.ndarray | None:
+        return np.full(count, 0.5) if "entropy" in self.features else None
+
+    def _candidate(self, text: str, boundary: Boundary, is_embedded: bool) -> Candidate:
         finish: CandidateFinish = "delimiter"
         ids = self.tokenizer.encode(text.rstrip("$"))
         if text.endswith("$"):
@@ -116,78 +146,23 @@ class Scripted:
             finish = "length"
         if len(ids) > boundary.max_tokens:
             finish, ids = "length", ids[: boundary.max_tokens]
+        counts = np.bincount(np.array(ids) % 16, minlength=16).astype(float)
         return Candidate(
             token_ids=tuple(ids),
             text=self.tokenizer.decode(ids),
             token_logprobs=np.full(len(ids), self.logprobs.get(text, self.default_logprob)),
-            token_entropies=np.full(len(ids), 0.5),
             finish=finish,
-            embedding=np.bincount(np.array(ids) % 16, minlength=16).astype(float),
+            token_entropies=self._entropies(len(ids)),
+            embedding=counts if is_embedded else None,
         )
 
-    def drafting(
-        self, num_candidates: int, sampling: Sampling, keep_distributions: bool = False
-    ) -> Any:
-        return WholeDrafting(self, num_candidates, sampling, keep_distributions)
-
-    def commit(self, sequences: Sequence[FakeSequence], candidates: Sequence[Candidate]) -> None:
-        self._log("commit", candidates[0].text)
-        for sequence, candidate in zip(sequences, candidates, strict=True):
-            sequence.token_ids.extend(candidate.token_ids)
-
-    def extend(
-        self,
-        sequences: Sequence[FakeSequence],
-        continuations: Sequence[Sequence[int]],
-        captures: Sequence[Capture | None] | None = None,
-        hidden_state: bool = False,
-    ) -> list[Observation]:
-        text = self.tokenizer.decode(continuations[0])
-        capture = captures[0] if captures else None
-        self._log("extend", text, capture)
-        [sequence], [ids] = sequences, continuations
-        observation = self._observe(sequence, ids, capture)
-        sequence.token_ids.extend(ids)
-        return [observation]
-
-    def _observe(
-        self, sequence: FakeSequence, ids: Sequence[int], capture: Capture | None
-    ) -> Observation:
-        text = self.tokenizer.decode(ids)
-        if capture is not None:
-            assert len(capture.is_source) == len(sequence.token_ids)
-        n, mass = len(ids), self.source_mass.get(text, 1.0)
+    def _observe(self, job: ScoreJob, token_ids: tuple[int, ...]) -> Observation:
+        text, n = self.tokenizer.decode(token_ids), len(token_ids)
+        mass = self.source_mass.get(text, 1.0)
         block = AttentionBlock(np.full(n, mass), np.zeros(n), (1 - mass) * np.eye(n))
         return Observation(
             token_logprobs=np.full(n, self.logprobs.get(text, self.default_logprob)),
-            token_entropies=np.full(n, 0.5),
-            blocks=(block,) * capture.num_layers if capture is not None else None,
+            is_first_choice=np.arange(n) < self.first_choices.get(text, 0),
+            token_entropies=self._entropies(n),
+            blocks=(block,) * job.capture.num_layers if job.capture is not None else None,
         )
-
-    def score(
-        self,
-        sequences: Sequence[FakeSequence],
-        continuations: Sequence[Sequence[Sequence[int]]],
-        captures: Sequence[Capture | None] | None = None,
-    ) -> list[list[Observation]]:
-        self._log("score", [self.tokenizer.decode(ids) for ids in continuations[0]])
-        return [
-            [
-                self._observe(sequence, ids, captures[row] if captures else None)
-                for ids in continuations[row]
-            ]
-            for row, sequence in enumerate(sequences)
-        ]
-
-    def accept(
-        self,
-        sequences: Sequence[FakeSequence],
-        candidates: Sequence[Candidate],
-        sampling: Sampling,
-        uniforms: FloatArray,
-    ) -> list[Acceptance]:
-        raise AssertionError("the step loop does not speculate on tokens")
-
-    def rewind(self, sequence: FakeSequence, length: int) -> None:
-        self._log("rewind", length)
-        del sequence.token_ids[length:]

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+import specguard
 from specguard.cli.main import main
 from specguard.models.settings import settings_path
 from tests.conftest import TINY
@@ -111,20 +113,14 @@ def test_the_target_selects_where_it_verifies(options: list[str], selector: str)
 
 def test_tokens_are_guessed_where_asked() -> None:
     alone = json.loads(invoke("solve", SHELLS, "--method", "target", "--json").stdout)
-    for options in (
-        ["--method", "sd"],
-        ["--verifier", "draft", "--threshold", "1", "--speculate", "3"],
-    ):
-        data = json.loads(invoke("solve", SHELLS, *options, "--json").stdout)
-        assert data["text"] == alone["text"]
-        assert data["stats"]["num_kept_tokens"] > 0
+    data = json.loads(invoke("solve", SHELLS, "--method", "sd", "--json").stdout)
+    assert data["text"] == alone["text"]
+    assert data["stats"]["num_kept_tokens"] > 0
     shown = invoke("solve", SHELLS, "--method", "sd", "--speculate", "6").stderr
     assert "guessed tokens" in shown
-    refused = invoke("solve", SHELLS, "--method", "target", "--speculate", "3")
-    assert refused.exit_code == 2
 
 
-def test_options_reach_the_engine() -> None:
+def test_options_reach_the_solver() -> None:
     options = [
         "--k",
         "3",
@@ -185,6 +181,10 @@ USAGE_ERRORS = [
     (["solve", "x", "--method", "target", "--k", "4"], "--k has no meaning"),
     (["solve", "x", "--method", "draft", "--beta", "0.4"], "--beta has no meaning"),
     (["solve", "x", "--method", "draft", "--rewrite-temperature", "1"], "no meaning"),
+    (["solve", "x", "--speculate", "3"], "--speculate has no meaning with --method specguard"),
+    (["solve", "x", "--method", "target", "--speculate", "3"], "use --method sd"),
+    (["solve", "x", "--method", "sd", "--speculate", "0"], "num_speculated"),
+    (["solve", "x", "--draft-backend", "cpuu"], "did you mean 'cpu'"),
     (["solve", "x", "--json", "--quiet"], "exclude one another"),
     (["solve", "x", "--detail"], "--detail"),
     (["solve", "x", "--thinking"], "no switch for thinking"),
@@ -343,7 +343,7 @@ def test_backends_say_what_is_usable() -> None:
 def test_help_and_version() -> None:
     assert "solve" in invoke("--help").stdout
     assert "--threshold" in invoke("solve", "-h").stdout
-    assert "0.1.0" in invoke("--version").stdout
+    assert specguard.__version__ in invoke("--version").stdout
 
 
 def test_no_colour_without_a_terminal() -> None:
@@ -380,6 +380,7 @@ def test_an_interrupt_exits_with_130_and_keeps_what_was_written() -> None:
     )
     assert process.stdout is not None
     first = process.stdout.readline()
+    time.sleep(0.1)  # the next step is under way, deep in an engine
     process.send_signal(signal.SIGINT)
     rest, errors = process.communicate()
     assert process.returncode == 130

@@ -2,9 +2,9 @@
 
 import pytest
 
-from specguard.core import DraftCost, Engine, SolveConfig, UsageError, VerifierConfig
+from specguard.core import DraftCost, SolveConfig, Solver, UsageError, VerifierConfig
 from specguard.core.fallback import Fallback
-from tests.reference import ReferenceModel
+from tests.bigrams import bigram_engine
 from tests.scripted import Scripted
 
 STEP, ANSWER, WRONG, RIGHT = "some fact.\n\n", "So \\boxed{7}.\n\n", "wrong.\n\n", "right.\n\n"
@@ -58,7 +58,7 @@ def test_a_switch_is_in_the_records_and_the_statistics() -> None:
     draft = Scripted("d", [WRONG] * 8)
     target = Scripted("t", [*VARIED[:9], ANSWER], logprobs={WRONG: -1.9})
     config = SolveConfig(num_candidates=1, verifier=LOG_PROB, draft_cost=DraftCost(0.5))
-    solution = Engine(draft, target, config).solve("p")
+    solution = Solver(draft, target, config).solve("p")
     decisions = [step.decision for step in solution.steps]
     assert decisions == ["rewritten"] * 3 + ["plain"] * 4 + ["rewritten"] * 3
     assert [step.is_fallback for step in solution.steps] == [False] * 3 + [True] * 4 + [False] * 3
@@ -72,7 +72,7 @@ def test_a_switch_is_in_the_records_and_the_statistics() -> None:
 def test_candidates_that_agree_spare_the_others() -> None:
     draft = Scripted("d", [[STEP, STEP], [ANSWER, WRONG], [ANSWER, ANSWER]])
     config = SolveConfig(num_candidates=4, num_first_candidates=2, verifier=LOG_PROB)
-    solution = Engine(draft, Scripted("t", []), config).solve("p")
+    solution = Solver(draft, Scripted("t", []), config).solve("p")
     assert solution.text == STEP + ANSWER
     assert [step.num_spared for step in solution.steps] == [2, 0]
     assert solution.stats.num_spared_candidates == 2
@@ -80,8 +80,10 @@ def test_candidates_that_agree_spare_the_others() -> None:
         2 * len(STEP),
         3 * len(ANSWER) + len(WRONG),
     ]
-    assert [call[1] for call in draft.called("propose")] == [2, 2, 2]
-    assert [sequence.is_closed for sequence in draft.sequences] == [True]
+    jobs = [(job.num_candidates, job.first_candidate) for job in draft.generated]
+    assert jobs == [(2, 0), (2, 0), (2, 2)]
+    # The further ones are drawn from where the first ones were.
+    assert draft.generated[1].prefix == draft.generated[2].prefix
 
 
 @pytest.mark.parametrize("selector", ["draft", "target"])
@@ -95,13 +97,17 @@ def test_drawn_in_two_goes_candidates_are_those_of_one_go(selector: str) -> None
         "max_tokens": 80,
         "detail": True,
     }
-    engine = Engine(ReferenceModel(1), ReferenceModel(2), SolveConfig(num_candidates=6, **settings))  # type: ignore[arg-type]
+    config = SolveConfig(num_candidates=6, **settings)  # type: ignore[arg-type]
+    solver = Solver(bigram_engine(1, 1), bigram_engine(1, 2), config)
+    num_compared = 0
     for text in ("first", "second", "third"):
-        at_once, twice = engine.solve(text), engine.solve(text, num_first_candidates=2)
+        at_once, twice = solver.solve(text), solver.solve(text, num_first_candidates=2)
         assert at_once.text == twice.text
         for one, other in zip(at_once.steps, twice.steps, strict=True):
             if not other.num_spared:
                 assert one.candidates == other.candidates
+                num_compared += 1
+    assert num_compared > 3
 
 
 def test_impossible_first_candidates_are_refused() -> None:

@@ -1,20 +1,23 @@
 """Grading: equal answers in other words, the four test sets, and answers that never end."""
 
+import multiprocessing
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from specguard.bench.datasets import SOURCES, load_dataset
 from specguard.bench.grading import Grader
+from specguard.core import SpecguardError
 from tests.conftest import benchmark_file
 
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[Grader]:
-    with Grader() as found:
-        yield found
+    with Grader() as shared:
+        yield shared
 
 
 @pytest.mark.parametrize(
@@ -53,9 +56,9 @@ def test_equal_answers_are_right(grader: Grader, answer: str, gold: str) -> None
 def test_other_answers_are_wrong(
     grader: Grader, answer: str | None, gold: str, reason: str
 ) -> None:
-    found = grader.grade(answer, gold)
-    assert found.reason == reason
-    assert not found.is_right
+    grade = grader.grade(answer, gold)
+    assert grade.reason == reason
+    assert not grade.is_right
 
 
 def test_an_answer_that_never_ends_is_given_up() -> None:
@@ -64,6 +67,59 @@ def test_an_answer_that_never_ends_is_given_up() -> None:
         started = time.monotonic()
         assert grader.grade("9^{9^{9^{9}}}", "7").reason == "timeout"
         assert time.monotonic() - started < 60
+        assert grader.grade("2", "1 + 1").is_right
+
+
+# Stands in for math-verify in the worker, which takes its path from this process.
+DEADLY = """
+import os
+def parse(text, parsing_timeout):
+    if "die" in text:
+        os._exit(3)
+    if "raise" in text:
+        raise ValueError(text)
+    return text
+def verify(gold, answer, timeout_seconds):
+    return gold == answer
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that a worker imports as math_verify."""
+    pytest.importorskip("math_verify")  # this process has the real one already
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path / "math_verify.py"
+
+
+def test_an_answer_that_kills_the_worker_is_a_crash(stand_in: Path) -> None:
+    stand_in.write_text(DEADLY)
+    with Grader() as grader:
+        for answer in "die", "raise":
+            assert grader.grade(answer, "7").reason == "crash"
+            assert grader.grade("8", "7").reason == "different"
+
+
+@pytest.mark.parametrize("fault", ["import os; os._exit(1)", "raise MemoryError"])
+def test_a_worker_that_dies_at_start_is_said_and_may_be_mended(stand_in: Path, fault: str) -> None:
+    stand_in.write_text(fault)
+    with Grader() as grader:
+        for _ in range(2):
+            with pytest.raises(SpecguardError, match="the grading process does not start"):
+                grader.grade("8", "7")
+        assert grader.grade("7.", "7").is_right  # nothing has to be worked out
+        stand_in.write_text(DEADLY)
+        assert grader.grade("8", "7").reason == "different"
+
+
+def test_a_worker_that_is_killed_between_answers_is_replaced() -> None:
+    others = set(multiprocessing.active_children())
+    with Grader() as grader:
+        assert grader.grade("2", "1 + 1").is_right
+        [worker] = set(multiprocessing.active_children()) - others
+        worker.kill()
+        worker.join()
+        time.sleep(0.5)  # until that is known
         assert grader.grade("2", "1 + 1").is_right
 
 

@@ -1,9 +1,14 @@
 """What importing costs, and that nothing is imported under two names."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+import specguard.core
 
 FRAMEWORKS = {"torch", "mlx", "transformers", "sentence_transformers", "safetensors"}
+HTTP_CLIENTS = {"http.client", "urllib.request", "urllib3", "requests", "httpx", "aiohttp"}
 
 
 def modules_after(statement: str) -> set[str]:
@@ -14,8 +19,18 @@ def modules_after(statement: str) -> set[str]:
     return set(result.stdout.split())
 
 
-def test_the_core_imports_no_framework() -> None:
-    assert not modules_after("import specguard.core") & FRAMEWORKS
+def test_the_core_imports_no_framework_and_no_http_client() -> None:
+    loaded = modules_after("import specguard.core")
+    assert "specguard.core.many" in loaded
+    assert not loaded & (FRAMEWORKS | HTTP_CLIENTS)
+
+
+def test_the_core_knows_nothing_of_what_is_built_on_it() -> None:
+    files = list(Path(specguard.core.__file__).parent.glob("*.py"))
+    assert len(files) > 10
+    for file in files:
+        for module in re.findall(r"^\s*(?:from|import) (specguard\S*)", file.read_text(), re.M):
+            assert module.startswith("specguard.core"), file
 
 
 def test_the_package_and_the_command_line_import_no_framework() -> None:

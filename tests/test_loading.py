@@ -1,10 +1,15 @@
 """Which pair is loaded, and with which settings."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import specguard
+from specguard.backends.local.engine import LocalEngine
+from specguard.backends.pytorch.backend import TorchBackend
+from specguard.backends.pytorch.loading import load_model
+from specguard.backends.registry import BackendStatus
 from specguard.loading import choose, configure
 from specguard.models import pairs
 from specguard.models.settings import choose_pair
@@ -27,13 +32,13 @@ def test_a_replaced_model_keeps_the_pair_s_settings_but_its_bounds() -> None:
 def test_the_default_is_the_user_s_pair_then_one_on_disk_then_the_built_in(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = choose(None, "cpu")
-    assert found.is_fallback
-    assert found.pair is pairs.PAIRS["tiny"]
+    choice = choose(None, "cpu")
+    assert choice.is_fallback
+    assert choice.pair is pairs.PAIRS["tiny"]
     monkeypatch.setattr(pairs, "is_on_disk", lambda source: "Qwen2.5-Math" in source)
-    found = choose(None, "cpu")
-    assert found.pair is pairs.PAIRS["qwen2.5-math"]
-    assert not found.is_fallback
+    choice = choose(None, "cpu")
+    assert choice.pair is pairs.PAIRS["qwen2.5-math"]
+    assert not choice.is_fallback
     choose_pair("llama3")
     assert choose(None, "cpu").pair is pairs.PAIRS["llama3"]
 
@@ -47,6 +52,38 @@ def test_half_a_pair_is_refused_before_anything_is_loaded() -> None:
 
 def test_a_plain_method_loads_its_own_model_only() -> None:
     loaded: list[str] = []
-    engine = specguard.load("tiny", method="target", progress=loaded.append)
+    solver = specguard.load("tiny", method="target", progress=loaded.append)
     assert [Path(name).resolve() for name in loaded] == [TINY / "target"]
-    assert engine.draft is None
+    assert solver.draft is None
+
+
+def test_each_model_comes_with_the_weights_of_its_backend() -> None:
+    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+    choice = choose("qwen2.5", "cpu", draft_backend="mlx")
+    own = pairs.PAIRS["qwen2.5"]
+    assert (choice.draft, choice.target) == (own.draft["mlx"], own.target["torch"])
+    assert choice.backends == {"draft": "mlx", "target": "cpu"}
+    assert choice.backend == "cpu, draft mlx"
+    assert choose("qwen2.5", "cpu", draft_backend="cpu").backend == "cpu"
+
+
+def test_two_devices_of_one_backend_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    usable = BackendStatus("cuda", True)
+    monkeypatch.setattr(TorchBackend, "status", lambda self: usable)
+    choice = choose("tiny", "cuda:0", draft_backend="cuda:1")
+    assert choice.backends == {"draft": "cuda:1", "target": "cuda:0"}
+
+
+def test_what_the_user_should_know_of_the_engines_is_noted_once(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(checkpoint)
+    assert specguard.load(draft=folder, target=folder, backend="cpu").notes == []
+
+    def noted(*arguments: Any, **options: Any) -> LocalEngine:
+        engine = load_model(folder)
+        engine.note = "it limps"
+        return engine
+
+    monkeypatch.setattr(TorchBackend, "load", noted)
+    assert specguard.load(draft=folder, target=folder, backend="cpu").notes == ["it limps"]

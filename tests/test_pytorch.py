@@ -11,20 +11,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import specguard
+from specguard.backends.local.drawlog import DrawLog
+from specguard.backends.local.layer import Outputs, Row
 from specguard.backends.pytorch.kv import KVBuffer
+from specguard.backends.pytorch.layer import TorchLayer
 from specguard.backends.pytorch.loading import load_model
 from specguard.core import (
-    GREEDY,
-    Boundary,
-    Capture,
-    Engine,
-    Prompt,
+    Candidate,
     Sampling,
+    ScoreJob,
     SolveConfig,
+    Solver,
     SpecguardError,
-    VerifierConfig,
 )
 from tests.conftest import PROBLEM, eager, make_checkpoint
+from tests.contract.calls import (
+    FLAT,
+    PREFIX,
+    assert_same,
+    capture,
+    generate_job,
+    run,
+    run_together,
+    score_job,
+)
 
 
 def test_what_slides_or_soft_caps_runs_without_capture(tmp_path: Path) -> None:
@@ -33,28 +43,34 @@ def test_what_slides_or_soft_caps_runs_without_capture(tmp_path: Path) -> None:
     )
     capped = make_checkpoint(tmp_path / "gemma", "Gemma2", head_dim=16, sliding_window=8)
     for folder, reason in (sliding, "sliding-window"), (capped, "soft-caps"):
-        model = load_model(str(folder))
-        assert reason in (model.capture_refusal or "")
-        prompt = model.tokenizer.encode_prompt(PROBLEM, None, False)
-        sequence = model.start(prompt)
-        uniforms = np.random.default_rng(0).random((1, 3, 6), dtype=np.float32)
-        boundary = Boundary("\n\n", model.tokenizer.eos_ids, 6)
-        [candidates] = model.propose([sequence], 3, Sampling(1.0, 1.0), [boundary], uniforms)
+        engine = load_model(str(folder))
+        assert reason in engine.reasons["attention"]
+        prefix = engine.tokenizer.encode_prompt(PROBLEM, None, False).token_ids
         reference = eager(folder)
+        # Of three candidates, each is continued once: their columns lie apart.
+        candidates = run(engine, generate_job(engine, prefix, 3, sampling=FLAT))
         for candidate in candidates:
-            ids = torch.tensor([[*prompt.token_ids, *candidate.token_ids]])
-            n = len(candidate.token_ids)
-            with torch.inference_mode():
-                logs = reference(ids).logits[0, -n - 1 : -1].log_softmax(-1)
-            expected = logs.gather(-1, ids[0, -n:, None]).squeeze(-1).numpy()
-            np.testing.assert_allclose(candidate.token_logprobs, expected, atol=1e-4)
+            assert_logprobs(reference, prefix, candidate)
+            longer = prefix + candidate.token_ids
+            run(engine, generate_job(engine, prefix, 3, sampling=FLAT))
+            [further] = run(engine, generate_job(engine, longer, 1, sampling=FLAT, seed=1))
+            assert_logprobs(reference, longer, further)
         with pytest.raises(SpecguardError, match="cannot be captured"):
-            model.extend([sequence], [[5]], [Capture(np.ones(len(prompt.token_ids), dtype=bool))])
-        engine = Engine(model, model, SolveConfig(num_candidates=2, max_tokens=12))
-        with pytest.raises(SpecguardError, match="cannot be captured"):
-            engine.solve(PROBLEM)
-        alone = VerifierConfig(weights={"log_prob": 1.0})
-        assert engine.solve(PROBLEM, verifier=alone).stats.num_tokens > 0
+            run(engine, score_job([[5]], prefix, capture=capture(prefix)))
+        solver = Solver(engine, engine, SolveConfig(num_candidates=2, max_tokens=12))
+        with pytest.raises(SpecguardError, match="has no attention"):
+            solver.solve(PROBLEM)
+        assert Solver(engine, engine).solve(PROBLEM, max_tokens=12).stats.num_tokens > 0
+
+
+def assert_logprobs(reference: Any, prefix: tuple[int, ...], candidate: Candidate) -> None:
+    """They are what transformers makes of the same tokens in one pass."""
+    ids = torch.tensor([[*prefix, *candidate.token_ids]])
+    n = len(candidate.token_ids)
+    with torch.inference_mode():
+        logs = reference(ids).logits[0, -n - 1 : -1].log_softmax(-1)
+    expected = logs.gather(-1, ids[0, -n:, None]).squeeze(-1).numpy()
+    np.testing.assert_allclose(candidate.token_logprobs, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -95,57 +111,115 @@ def test_devices_and_dtypes_are_checked(checkpoint: Path) -> None:
             load_model(str(checkpoint), device="mps")
 
 
-def test_too_little_memory_is_said_before_loading(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Llama", {"head_dim": 64}),
+        ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+        ("Qwen2", {}),
+    ],
+)
+def test_fused_layers_do_what_the_model_s_own_do(
+    family: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from types import SimpleNamespace
+    folder = make_checkpoint(tmp_path / "model", family, **settings)
+    fused = load_model(str(folder))
+    assert fused.note == ""
+    monkeypatch.setenv("SPECGUARD_REFERENCE", "1")
+    own = load_model(str(folder))
+    assert "the reference switch is on" in own.note
+    jobs = [
+        score_job([range(30, 70)], capture=capture(PREFIX, "problem", epsilon=0.0)),
+        score_job([[40, 41, 42], [40, 50], [9]]),  # a tree behind what is kept
+        score_job([[7, 8]], (*PREFIX, 40, 41)),
+    ]
+    for job in jobs:
+        assert_same(run(fused, job), run(own, job))
+    pairs = zip(run_together(fused, batch()), run_together(own, batch()), strict=True)
+    for found, expected in pairs:
+        assert_same(found, expected)
 
-    monkeypatch.setattr(
-        "specguard.backends.pytorch.loading.psutil.virtual_memory",
-        lambda: SimpleNamespace(available=1000),
+
+def batch() -> list[ScoreJob]:
+    """Problems of different lengths, one of them late in the context."""
+    lengths = {"short": 3, "middle": 50, "late": 500}
+    return [
+        score_job([[60, 61]], tuple(5 + place % 90 for place in range(length)), key=name)
+        for name, length in lengths.items()
+    ]
+
+
+def test_fused_layers_hold_nothing_twice(checkpoint: Path) -> None:
+    layer = load_model(str(checkpoint)).layer
+    assert isinstance(layer, TorchLayer)
+    assert layer._fused is not None
+    module = layer.model.base_model.layers[0].self_attn
+    assert module.q_proj.weight.data_ptr() == layer._fused._layers[0].qkv.data_ptr()
+
+
+@pytest.mark.parametrize("spoiled", ["_rotate", "_normed", "late"])
+def test_fused_layers_that_differ_are_not_used(
+    spoiled: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specguard.backends.pytorch import fused
+
+    if spoiled == "_rotate":
+        monkeypatch.setattr(fused, "_rotate", lambda states, cos, sin: states)
+    elif spoiled == "_normed":
+        monkeypatch.setattr(fused.FusedLayers, "_normed", lambda self, states, gain: states)
+    else:  # right but for late positions
+        rotation = fused.FusedLayers._rotation
+        monkeypatch.setattr(
+            fused.FusedLayers,
+            "_rotation",
+            lambda self, positions, end: rotation(self, positions.clamp(max=300), end),
+        )
+    engine = load_model(str(checkpoint))
+    assert engine.note == (
+        "transformers' own layers run it: they come to other logits than the model's own"
     )
-    with pytest.raises(SpecguardError, match=r"needs 0\.0 GiB and this machine has 0\.0 GiB free"):
-        load_model(str(checkpoint))
 
 
-def test_lean_layers_do_what_the_model_s_own_do(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from specguard.backends.pytorch.loading import load_model
-
-    lean = load_model(str(checkpoint))
-    monkeypatch.setenv("SPECGUARD_WITHOUT", "lean")
-    eager = load_model(str(checkpoint))
-    assert lean._forward._lean is not None
-    assert eager._forward._lean is None
-    prompt = Prompt((5, 40, 41, 60, 61, 62, 7), (1, 5))
-    tokens = list(range(30, 70))
-    seen = []
-    for model in lean, eager:
-        sequence = model.start(prompt)
-        [first] = model.extend([sequence], [tokens], [Capture(np.arange(7) % 2 == 0, 3, 0.0)])
-        seen.append(first)
-    ours, theirs = seen
-    np.testing.assert_allclose(ours.token_logprobs, theirs.token_logprobs, atol=1e-5)
-    assert ours.blocks is not None
-    assert theirs.blocks is not None
-    for block, wanted in zip(ours.blocks, theirs.blocks, strict=True):
-        np.testing.assert_allclose(block.source_mass, wanted.source_mass, atol=1e-5)
-        np.testing.assert_allclose(block.step, wanted.step, atol=1e-5)
-    # Nothing is held twice: the modules see the weights that the lean layers use.
-    layer = lean._forward.model.base_model.layers[0].self_attn
-    fused = lean._forward._lean._layers[0].qkv
-    assert layer.q_proj.weight.data_ptr() == fused.data_ptr()
+def test_families_without_fused_layers_say_so_once(tmp_path: Path) -> None:
+    folder = str(make_checkpoint(tmp_path / "phi", "Phi3", pad_token_id=0))
+    solver = specguard.load(draft=folder, target=folder, backend="cpu")
+    [note] = [note for note in solver.notes if "own layers" in note]
+    assert "this is Phi3ForCausalLM" in note
 
 
-def test_lean_layers_that_differ_are_not_used(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from specguard.backends.pytorch import lean
-    from specguard.backends.pytorch.loading import load_model
+def test_keys_and_values_are_one_tensor(checkpoint: Path) -> None:
+    layer = load_model(str(checkpoint)).layer
+    assert isinstance(layer, TorchLayer)
+    buffer = layer.new_buffer()
+    with layer.computing("model"):
+        layer.forward([Row(buffer, 0, 3, 0)], [5, 6, 7], [0, 1, 2], None)
+    assert buffer.data is not None
+    assert buffer.data.shape[:3] == (4, 2, 2)
+    assert buffer.data.shape[4] == 64
+    copied: list[Any] = []
+    index_select = torch.Tensor.index_select
+    with pytest.MonkeyPatch.context() as patch, layer.computing("model"):
+        patch.setattr(
+            torch.Tensor,
+            "index_select",
+            lambda self, *rest: copied.append(rest) or index_select(self, *rest),
+        )
+        buffer.copy_columns(1, [2])
+    assert len(copied) == 1  # all layers move in one call
 
-    monkeypatch.setattr(lean, "_rotate", lambda states, cos, sin: states)
-    assert load_model(str(checkpoint))._forward._lean is None
+
+def test_the_cache_goes_by_the_name_that_the_model_knows(checkpoint: Path) -> None:
+    layer = load_model(str(checkpoint)).layer
+    assert isinstance(layer, TorchLayer)
+
+    class Old(type(layer.model)):  # type: ignore[misc]
+        def forward(self, input_ids: Any, past_key_values: Any = None) -> Any: ...
+
+    assert layer._cache_argument in ("cache", "past_key_values")
+    for kind, name in (type(layer.model), layer._cache_argument), (Old, "past_key_values"):
+        layer.__dict__.pop("_cache_argument", None)
+        layer.model.__class__ = kind
+        assert layer._cache_argument == name
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.8, 0.99, 0.9999])
@@ -187,64 +261,46 @@ def test_a_sample_is_what_is_drawn_from_the_warped_distribution(
 
 
 def test_tokens_are_described_alike_in_whatever_portions(monkeypatch: pytest.MonkeyPatch) -> None:
-    from specguard.backends.pytorch import trail
-
-    draft = specguard.load("tiny", backend="cpu").draft
-    assert draft is not None
-    prompt = draft.tokenizer.encode_prompt(PROBLEM, None, False)
-    uniforms = np.random.default_rng(0).random((2, 3, 12), dtype=np.float32)
+    engine = specguard.load("tiny", backend="cpu").draft
+    assert engine is not None
+    prefix = engine.tokenizer.encode_prompt(PROBLEM, None, False).token_ids
     found = []
     for most in 0, 5000, 2**20:
-        monkeypatch.setattr(trail, "_MOST_LOGITS", most)
-        drafting = draft.drafting(3, Sampling(1.5, 1.0))
-        sequences = [draft.start(prompt), draft.start(Prompt(prompt.token_ids[:-2], (0, 1)))]
-        for sequence, draws, cap in zip(sequences, uniforms, (5, 12), strict=True):
-            drafting.add(sequence, Boundary("", frozenset(), cap), draws[:, :cap])
-        # One leaves early: what is left is of the other alone.
-        done = dict(drafting.run(1)) | dict(drafting.run(1))
-        found.append([one for sequence in sequences for one in done[sequence]])
-    for candidates in zip(*found, strict=True):
-        for one in candidates[1:]:
-            assert one.token_ids == candidates[0].token_ids
-            for name in "token_logprobs", "token_entropies", "embedding":
-                expected = getattr(candidates[0], name)
-                np.testing.assert_allclose(getattr(one, name), expected, rtol=0, atol=1e-6)
+        monkeypatch.setattr(TorchLayer, "most_waiting_logits", most)
+        # One ends early: what is left is of the other alone.
+        jobs = [
+            generate_job(engine, prefix, 3, 5, Sampling(1.5, 1.0), key=0, hidden_states=True),
+            generate_job(engine, prefix[:-2], 3, 12, Sampling(1.5, 1.0), key=1, hidden_states=True),
+        ]
+        found.append([each for candidates in run_together(engine, jobs) for each in candidates])
+    assert_same(found[1], found[0])
+    assert_same(found[2], found[0])
 
 
-def test_logits_go_once_their_tokens_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    from specguard.backends.pytorch import trail
-
-    passes = trail.Trail()
-    monkeypatch.setattr(trail, "_MOST_LOGITS", 3 * 1000)
-    for number in range(9):
-        # A cut of a padded vocabulary, whose storage is that of the whole.
-        logits = torch.randn(2, 500, generator=torch.Generator().manual_seed(number))[:, :-1]
-        passes.add([0, 1], [0, 1], torch.tensor([1, 2]), logits, torch.zeros(2, 4), None)
-        assert num_held(passes) <= 3
-    _, logprobs, _, _ = passes.take([0, 1], 0)
-    assert logprobs.shape == (18,)
-    assert num_held(passes) == 0
-
-
-def num_held(passes: Any) -> float:
-    """How many passes' logits are in memory."""
-    return sum(logits.untyped_storage().nbytes() for logits in passes._logits) / 4000
+def test_logits_go_once_their_tokens_are_described(checkpoint: Path) -> None:
+    layer = load_model(str(checkpoint)).layer
+    layer.most_waiting_logits = 3 * 1000  # type: ignore[misc]
+    log = DrawLog(layer, keeps_hidden=True)
+    with layer.computing("model"):
+        for number in range(9):
+            logits = torch.randn(2, 500, generator=torch.Generator().manual_seed(number))
+            outputs = Outputs(torch.zeros(2, 4), logits)
+            log.add([0, 1], [0, 1], outputs, torch.tensor([1, 2]))
+            assert len(log._waiting) <= 3
+        drawn = log.take([0, 1], ())
+    assert drawn.logprobs.shape == (18,)
+    assert not log._waiting
+    assert not log._described
 
 
-def test_a_drafting_that_waits_for_others_to_join_holds_no_memory() -> None:
-    draft = specguard.load("tiny", backend="cpu").draft
-    assert draft is not None
-    drafting = draft.drafting(1, GREEDY)
+def test_a_drawing_that_waits_for_others_holds_no_memory(checkpoint: Path) -> None:
+    engine = load_model(str(checkpoint))
     gc.collect()
-    num_before = sum(type(one) is KVBuffer for one in gc.get_objects())
+    num_before = sum(type(each) is KVBuffer for each in gc.get_objects())
     for number in 1, 2:
-        sequences = [draft.start(Prompt((5, 6, 7 + index), (0, 1))) for index in range(number)]
-        for sequence in sequences:
-            cut = Boundary("", frozenset(), 3)
-            drafting.add(sequence, cut, np.zeros((1, 3), dtype=np.float32))
-        assert len(drafting.run(number)) == number
-        for sequence in sequences:
-            sequence.close()
-        del sequences, sequence
+        jobs = [generate_job(engine, PREFIX, 2, 3, key=key) for key in range(number)]
+        run_together(engine, jobs)
+        for key in range(number):
+            engine.release(key)
         gc.collect()
-        assert sum(type(one) is KVBuffer for one in gc.get_objects()) == num_before
+        assert sum(type(each) is KVBuffer for each in gc.get_objects()) == num_before

@@ -1,5 +1,6 @@
 """Process reward models: the published format on every backend, beside transformers' own passes."""
 
+import asyncio
 import json
 import shutil
 from collections.abc import Sequence
@@ -13,16 +14,22 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from specguard.backends.checkpoint import open_checkpoint  # noqa: E402
+from specguard.backends.local.engine import LocalEngine  # noqa: E402
 from specguard.backends.reward import (  # noqa: E402
     HEAD,
     SEPARATOR,
     SYSTEM_PROMPT,
     StepRewardModel,
-    StepRewardSequence,
     load_reward_model,
 )
 from specguard.backends.tensors import read_tensors  # noqa: E402
-from specguard.core import RewardModel, SpecguardError, UsageError  # noqa: E402
+from specguard.core import (  # noqa: E402
+    Observation,
+    RewardModel,
+    ScoreJob,
+    SpecguardError,
+    UsageError,
+)
 from tests.conftest import PROBLEM, SHAPE, TINY  # noqa: E402
 from tests.test_imports import FRAMEWORKS, modules_after  # noqa: E402
 
@@ -105,11 +112,18 @@ def model(request: pytest.FixtureRequest, folder: Path) -> StepRewardModel:
     return load_reward_model(str(folder), request.param, "float32")
 
 
+def ask(model: RewardModel, steps: Sequence[str], key: str = "growing") -> list[float]:
+    """Rewards of a solution that the model may have read before."""
+    return asyncio.run(model.rewards(key, PROBLEM, steps))
+
+
 def rewards_of(model: RewardModel, steps: Sequence[str], problem: str = PROBLEM) -> list[float]:
-    sequence = model.start(problem)
-    found = sequence.rewards(steps)
-    sequence.close()
-    return found
+    """Rewards of a solution that the model has never seen."""
+    key = object()
+    try:
+        return asyncio.run(model.rewards(key, problem, steps))
+    finally:
+        model.release(key)
 
 
 def published_rewards(folder: Path, steps: Sequence[str]) -> list[float]:
@@ -136,8 +150,8 @@ def published_rewards(folder: Path, steps: Sequence[str]) -> list[float]:
         hidden = layers(ids).last_hidden_state
         inner = torch.relu(hidden @ weights["score.0.weight"].T + weights["score.0.bias"])
         logits = inner @ weights["score.2.weight"].T + weights["score.2.bias"]
-    found: list[float] = logits.softmax(-1)[0, ids[0] == separator, 1].tolist()
-    return found
+    rewards: list[float] = logits.softmax(-1)[0, ids[0] == separator, 1].tolist()
+    return rewards
 
 
 def test_rewards_are_those_of_the_published_format(folder: Path, model: StepRewardModel) -> None:
@@ -150,51 +164,65 @@ def test_rewards_are_those_of_the_published_format(folder: Path, model: StepRewa
 def test_the_language_head_may_be_missing(tmp_path: Path, model: StepRewardModel) -> None:
     """Published folders may hold one that is of no use; a folder without it gives the same."""
     other = make_reward_checkpoint(tmp_path / "bare", has_language_head=False)
-    backend = "mlx" if "mlx" in type(model.model).__module__ else "cpu"
+    assert isinstance(model.engine, LocalEngine)
+    backend = "mlx" if "mlx" in type(model.engine.layer).__module__ else "cpu"
     bare = load_reward_model(str(other), backend, "float32")
     np.testing.assert_allclose(rewards_of(bare, STEPS), rewards_of(model, STEPS), atol=1e-5)
 
 
+@pytest.fixture
+def num_read(model: StepRewardModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens that the engine was asked to score, job by job."""
+    counts: list[int] = []
+    score = model.engine.score
+
+    async def counted(job: ScoreJob) -> list[Observation]:
+        counts.append(sum(map(len, job.continuations)))
+        return await score(job)
+
+    monkeypatch.setattr(model.engine, "score", counted)
+    return counts
+
+
 def test_a_growing_solution_is_read_step_by_step(
-    model: StepRewardModel, monkeypatch: pytest.MonkeyPatch
+    model: StepRewardModel, num_read: list[int]
 ) -> None:
     expected = rewards_of(model, STEPS)
-    read: list[int] = []
-    extend = model.model.extend
-
-    def counted(sequences: Any, continuations: Any, *rest: Any, **more: Any) -> Any:
-        read.append(len(continuations[0]))
-        return extend(sequences, continuations, *rest, **more)
-
-    monkeypatch.setattr(model.model, "extend", counted)
-    sequence = model.start(PROBLEM)
-    assert sequence.rewards([]) == []
+    assert ask(model, []) == []
     for count in 1, 2, 3:
-        read.clear()
-        found = sequence.rewards(STEPS[:count])
-        np.testing.assert_allclose(found, expected[:count], atol=1e-5)
-        assert read == [len(model.model.tokenizer.encode(STEPS[count - 1])) + 2]
-    read.clear()
-    assert sequence.rewards(STEPS) == found
-    assert read == []
+        num_read.clear()
+        rewards = ask(model, STEPS[:count])
+        np.testing.assert_allclose(rewards, expected[:count], atol=1e-5)
+        assert num_read == [len(model.engine.tokenizer.encode(STEPS[count - 1])) + 2]
+    num_read.clear()
+    assert ask(model, STEPS) == rewards
+    assert num_read == []
+    model.release("growing")
+    assert ask(model, STEPS[:1]) == pytest.approx(expected[:1], abs=1e-5)
+    assert len(num_read) == 1
+    model.release("growing")
 
 
-def test_a_replaced_step_is_as_if_it_had_always_stood_there(model: StepRewardModel) -> None:
+def test_a_replaced_step_is_as_if_it_had_always_stood_there(
+    model: StepRewardModel, num_read: list[int]
+) -> None:
     replaced = [STEPS[0], "Mia sells half of the shells. Mia had 24 / 2, so Mia has 13 shells."]
-    sequence = model.start(PROBLEM)
-    before = sequence.rewards(STEPS)
-    after = sequence.rewards(replaced)
+    before = ask(model, STEPS)
+    num_read.clear()
+    after = ask(model, replaced)
+    assert len(num_read) == 1  # the first step stands
     assert abs(after[1] - before[1]) > 1e-4
     np.testing.assert_allclose(after, rewards_of(model, replaced), atol=1e-5)
-    np.testing.assert_allclose(sequence.rewards(STEPS[:1]), before[:1], atol=1e-5)
-    np.testing.assert_allclose(sequence.rewards(STEPS), before, atol=1e-5)
+    np.testing.assert_allclose(ask(model, STEPS[:1]), before[:1], atol=1e-5)
+    np.testing.assert_allclose(ask(model, STEPS), before, atol=1e-5)
+    model.release("growing")
 
 
 def test_blank_space_around_a_step_does_not_count(model: StepRewardModel) -> None:
-    sequence = model.start(PROBLEM)
-    found = sequence.rewards(STEPS)
-    assert sequence.rewards([step + "\n\n" for step in STEPS]) == found
-    assert rewards_of(model, ["\n" + step + " \n\n" for step in STEPS]) == found
+    rewards = ask(model, STEPS)
+    assert ask(model, [step + "\n\n" for step in STEPS]) == rewards
+    model.release("growing")
+    assert rewards_of(model, ["\n" + step + " \n\n" for step in STEPS]) == rewards
 
 
 def test_a_reward_depends_on_problem_and_steps_before(model: StepRewardModel) -> None:
@@ -204,21 +232,37 @@ def test_a_reward_depends_on_problem_and_steps_before(model: StepRewardModel) ->
     assert abs(rewards_of(model, STEPS[1:])[0] - first[1]) > 1e-5
 
 
-def test_a_closed_sequence_and_a_long_solution_are_refused(model: StepRewardModel) -> None:
-    sequence = model.start(PROBLEM)
-    before = sequence.rewards(STEPS)
+def test_problems_side_by_side_are_kept_apart(model: StepRewardModel) -> None:
+    problems = [PROBLEM, PROBLEM.replace("24", "36"), PROBLEM.replace("Mia", "Ben")]
+    alone = [rewards_of(model, STEPS, problem) for problem in problems]
+
+    async def together() -> list[list[float]]:
+        return await asyncio.gather(
+            *(model.rewards(problem, problem, STEPS) for problem in problems)
+        )
+
+    np.testing.assert_allclose(asyncio.run(together()), alone, atol=1e-5)
+    for problem in problems:
+        model.release(problem)
+    model.release("one that never was")
+    assert isinstance(model.engine, LocalEngine)
+    assert model.engine.num_kept == 0
+
+
+def test_a_long_solution_is_refused_and_does_no_harm(model: StepRewardModel) -> None:
+    before = ask(model, STEPS)
     with pytest.raises(SpecguardError, match="do not fit the context window of 512"):
-        sequence.rewards([*STEPS, STEPS[1] * 40])
-    np.testing.assert_allclose(sequence.rewards(STEPS), before, atol=1e-5)
-    sequence.close()
-    sequence.close()
-    with pytest.raises(ValueError, match="closed"):
-        sequence.rewards(STEPS)
+        ask(model, [*STEPS, STEPS[1] * 40])
+    np.testing.assert_allclose(ask(model, STEPS), before, atol=1e-5)
+    model.release("growing")
     with pytest.raises(SpecguardError, match="context window"):
-        model.start(PROBLEM * 40)
+        rewards_of(model, STEPS, PROBLEM * 40)
+    assert isinstance(model.engine, LocalEngine)
+    assert model.engine.num_kept == 0
 
 
 def test_separator_and_system_prompt_are_data(folder: Path, tmp_path: Path) -> None:
+    published = load_reward_model(str(folder), "cpu", "float32")
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     path = other / "config.json"
     settings = json.loads(path.read_text())
@@ -227,10 +271,8 @@ def test_separator_and_system_prompt_are_data(folder: Path, tmp_path: Path) -> N
     )
     changed = load_reward_model(str(other), "cpu", "float32")
     assert changed.separator_id == 2
-    sequence = changed.start("Hi")
-    assert isinstance(sequence, StepRewardSequence)
     assert changed.system_prompt is None
-    assert changed.model.tokenizer.encode_prompt("Hi", None, False).token_ids[0] == 1
+    assert abs(rewards_of(changed, STEPS)[0] - rewards_of(published, STEPS)[0]) > 1e-5
     path.write_text(json.dumps(settings | {"specguard_prm": {"seperator": "x"}}))
     with pytest.raises(SpecguardError, match="not understood"):
         load_reward_model(str(other), "cpu")
@@ -273,9 +315,9 @@ def test_tensors_are_read_without_a_framework(tmp_path: Path, dtype: str) -> Non
     others = {"a": torch.ones(7), "whole": torch.ones(2, dtype=torch.int32)}
     save_file({**others, "wanted": tensor}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    found = read_tensors(open_checkpoint(str(tmp_path)), ["wanted", "whole", *HEAD])
-    assert list(found) == ["wanted"]
-    np.testing.assert_array_equal(found["wanted"], tensor.float().numpy())
+    tensors = read_tensors(open_checkpoint(str(tmp_path)), ["wanted", "whole", *HEAD])
+    assert list(tensors) == ["wanted"]
+    np.testing.assert_array_equal(tensors["wanted"], tensor.float().numpy())
 
 
 def test_asking_for_the_loader_imports_no_framework() -> None:

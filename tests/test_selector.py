@@ -1,10 +1,17 @@
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specguard.core import Candidate, SolveConfig, UsageError
-from specguard.core.embedders import embed_by_draft, embed_by_ngrams
+from specguard.core import Candidate, SolveConfig, SpecguardError, UsageError
+from specguard.core.embedders import (
+    embed_by_draft,
+    embed_by_ngrams,
+    embed_by_numbers,
+    load_embedder,
+)
 from specguard.core.selector import mean_similarities, select_medoid
 
 
@@ -12,7 +19,7 @@ def candidate(
     text: str = "", logprob: float = -1.0, embedding: object = (1.0,), token_id: int = 1
 ) -> Candidate:
     return Candidate(
-        (token_id,), text, np.array([logprob]), np.zeros(1), "eos", np.array(embedding, dtype=float)
+        (token_id,), text, np.array([logprob]), "eos", embedding=np.array(embedding, dtype=float)
     )
 
 
@@ -69,3 +76,18 @@ def test_unknown_embedders_are_refused() -> None:
     for name in ("", "word2vec", "sentence-transformers:"):
         with pytest.raises(UsageError, match="no selector"):
             SolveConfig(selector=name)
+
+
+def test_numbers_count_and_wording_does_not() -> None:
+    texts = ["So 3 + 4 = 7.", "Adding 3 and 4 makes 7.", "So 3 + 4 = 8.", "no number", "no number "]
+    rows = embed_by_numbers([candidate(text) for text in texts])
+    np.testing.assert_array_equal(rows[0], rows[1])
+    np.testing.assert_array_equal(rows[3], rows[4])
+    assert mean_similarities(rows[:3])[2] < mean_similarities(rows[:3])[0]
+
+
+def test_an_embedder_s_package_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(SpecguardError, match="sentence-transformers is not installed") as caught:
+        load_embedder("sentence-transformers:any")
+    assert "--selector ngram" in caught.value.hint

@@ -85,7 +85,12 @@ def test_pieces_keep_their_spaces() -> None:
         (r"\boxed{\{ }", r"\{"),
         (r"\boxed{", None),
         ("no box", None),
-        (r"\boxed{}", ""),
+        (r"\boxed{}", None),
+        ("\\boxed{ \n\t}", None),
+        (r"put it in \boxed{}. It is \boxed{7}.", "7"),
+        (r"It is \boxed{7}, in \boxed{}, in \boxed{ }.", "7"),
+        (r"\boxed{7} \boxed{} \boxed{8", "7"),
+        (r"\boxed{{}}", "{}"),
     ],
 )
 def test_final_answer(text: str, answer: str | None) -> None:
@@ -100,7 +105,7 @@ BALANCED = st.recursive(
 
 @given(BALANCED)
 def test_balanced_content_comes_back(content: str) -> None:
-    assert final_answer("x \\boxed{" + content + "} y") == content.strip()
+    assert final_answer("x \\boxed{" + content + "} y") == (content.strip() or None)
 
 
 def test_looping() -> None:

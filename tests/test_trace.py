@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from specguard import Solution
 from specguard.cli.main import main
-from specguard.core import Engine, SolveConfig, VerifierConfig
+from specguard.core import SolveConfig, Solver, VerifierConfig
 from specguard.trace import render
 from tests.scripted import Scripted
 
@@ -27,7 +27,7 @@ def solution(detail: bool = True, **settings: Any) -> Solution:
     draft = Scripted("d", [[WRONG, WRONG, RIGHT], [ANSWER] * 3])
     target = Scripted("t", [RIGHT], logprobs={WRONG: -1.9})
     config = SolveConfig(num_candidates=3, verifier=verifier, detail=detail, **settings)
-    return Engine(draft, target, config).solve(NASTY)
+    return Solver(draft, target, config).solve(NASTY)
 
 
 def test_the_page_shows_who_wrote_a_step_and_why() -> None:
@@ -61,6 +61,22 @@ def test_a_solution_without_detail_has_a_page_too() -> None:
     assert "Candidates and tokens were not kept" in page
     plain = render(solution(method="target"))
     assert "rewritten" not in plain.split("</style>")[1]
+
+
+def test_what_an_engine_does_not_say_is_left_out() -> None:
+    nothing = dict.fromkeys(("attention", "hidden states", "entropy"), "it has none")
+    engines = [
+        Scripted(name, [[WRONG, RIGHT]], features=frozenset(), reasons=dict(nothing))
+        for name in "dt"
+    ]
+    verifier = VerifierConfig(weights={"log_prob": 1.0})
+    config = SolveConfig(
+        num_candidates=2, selector="ngram", verifier=verifier, detail=True, max_steps=2
+    )
+    page = render(Solver(*engines, config).solve("p"))
+    assert "Tokens by log-prob" in page
+    for missing in "Tokens by grounding", "Tokens by entropy", "entropy", "None", "nan":
+        assert missing not in page.split("</style>")[1], missing
 
 
 def run(*arguments: object) -> Result:
@@ -133,9 +149,9 @@ def browser(tmp_path: Path) -> Iterator[Any]:
     options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
-    found = webdriver.Chrome(options=options, service=service)
-    yield found
-    found.quit()
+    chrome = webdriver.Chrome(options=options, service=service)
+    yield chrome
+    chrome.quit()
 
 
 @pytest.mark.slow

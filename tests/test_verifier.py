@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,12 +18,13 @@ from specguard.core import (
 from specguard.core.config import PRESETS
 from specguard.core.verifier import normalise, verify
 
-SEEN = Observation(np.array([-0.5, -1.5]), np.array([0.2, 0.6]))
+UNKNOWN = np.zeros(2, dtype=bool)
+SEEN = Observation(np.array([-0.5, -1.5]), UNKNOWN, np.array([0.2, 0.6]))
 
 
 def test_signals_are_minima_means_and_maxima() -> None:
     block = AttentionBlock(np.array([0.5, 0.25]), np.array([0.1, 0.3]), np.zeros((2, 2)))
-    seen = Observation(SEEN.token_logprobs, SEEN.token_entropies, (block,))
+    seen = replace(SEEN, blocks=(block,))
     capture = Capture(np.array([True, False]), num_layers=1)
     verdict = verify(seen, capture, 0.8, VerifierConfig())
     assert verdict.signals == pytest.approx(
@@ -42,7 +45,7 @@ def test_the_ensemble_is_the_paper_s() -> None:
     bounds = {"log_prob": (-2.0, 0.0), "grounding": (0.0, 0.5)}
     config = VerifierConfig(weights=ensemble_weights(0.3), bounds=bounds)
     block = AttentionBlock(np.array([1.0, 0.5]), np.zeros(2), np.zeros((2, 2)))
-    seen = Observation(SEEN.token_logprobs, SEEN.token_entropies, (block,))
+    seen = replace(SEEN, blocks=(block,))
     verdict = verify(seen, Capture(np.array([False]), 1), 1.0, config)
     assert verdict.scores["ensemble"] == pytest.approx(0.3 * 0.25 + 0.7 * 0.5)
     assert not verdict.is_accepted
@@ -54,7 +57,7 @@ def test_the_threshold_itself_is_enough() -> None:
             weights={"log_prob": 1.0}, bounds={"log_prob": (-2.0, 0.0)}, threshold=threshold
         )
         assert verify(SEEN, None, 1.0, config).is_accepted == accepted
-    perfect = Observation(np.zeros(2), np.zeros(2))
+    perfect = Observation(np.zeros(2), UNKNOWN, np.zeros(2))
     config = VerifierConfig(
         weights={"log_prob": 0.7, "entropy_mean": 0.2, "entropy_max": 0.1}, threshold=1.0
     )
@@ -139,3 +142,19 @@ def test_presets_are_configurations() -> None:
     assert not made["consistency-only"].needs_model
     assert not made["log-prob"].needs_attention
     assert made["grounding"].needs_attention
+
+
+def test_signals_that_an_engine_does_not_give_are_not_there() -> None:
+    bare = Observation(SEEN.token_logprobs, UNKNOWN)
+    # A weight of nothing needs nothing.
+    config = VerifierConfig(weights={"log_prob": 1.0, "grounding": 0.0, "entropy_max": 0.0})
+    assert not config.needs_attention
+    verdict = verify(bare, None, 1.0, config)
+    assert set(verdict.signals) == {"log_prob", "log_prob_mean", "consistency"}
+    assert verdict.token_grounding is None
+
+
+def test_leading_choices_end_with_the_first_that_differs() -> None:
+    for choices, count in ([1, 1, 0, 1], 2), ([0, 1, 1, 1], 0), ([1, 1, 1, 1], 4):
+        seen = Observation(np.zeros(4), np.array(choices, dtype=bool))
+        assert seen.num_leading_choices == count

@@ -3,11 +3,11 @@
 import platform
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any
 
+from specguard.backends.memory import Demand
 from specguard.backends.registry import BackendStatus
+from specguard.core.engine import Engine
 from specguard.core.errors import UsageError
-from specguard.core.model import LanguageModel
 
 
 class MlxBackend:
@@ -46,6 +46,13 @@ class MlxBackend:
             int(info.get("memory_size", 0)) or psutil.virtual_memory().total,
         )
 
+    def demand(self, source: str, dtype: str, device: str | None) -> Demand:
+        """What a model will take of this machine's memory."""
+        self._check_device(device)
+        from specguard.backends.mlx.loading import demand
+
+        return demand(source, dtype)
+
     def load(
         self,
         source: str,
@@ -53,13 +60,16 @@ class MlxBackend:
         trust_remote_code: bool,
         device: str | None,
         is_headless: bool = False,
-    ) -> LanguageModel[Any]:
+    ) -> Engine:
         """Load a model onto MLX's default device."""
-        if device is not None:
-            raise UsageError("backend 'mlx' has one device: leave the number out")
+        self._check_device(device)
         from specguard.backends.mlx.loading import load_model
 
         return load_model(source, dtype, trust_remote_code, is_headless)
+
+    def _check_device(self, device: str | None) -> None:
+        if device is not None:
+            raise UsageError("backend 'mlx' has one device: leave the number out")
 
     def _not_usable(self, reason: str) -> BackendStatus:
         hint = "pip install 'specguard[mlx]'"

@@ -1,7 +1,7 @@
-"""Keys and values of one sequence, layer by layer."""
+"""Keys and values of one sequence, layer by layer: MLX writes in place what nobody else reads."""
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import mlx.core as mx
 
@@ -11,8 +11,8 @@ _FIRST_CAPACITY = 256
 class KVBuffer:
     """Per layer keys and values [1, kv_heads, capacity, dim], columns filled from the left.
 
-    Two buffers may hold the same columns: MLX copies an array that is written to while another
-    array, a slice included, still lives on its memory, and writes in place otherwise.
+    One tensor for all layers, as on torch, would be copied at every write here: a layer's columns
+    are still read when the next layer's are written.
     """
 
     __slots__ = ("keys", "values")
@@ -35,31 +35,20 @@ class KVBuffer:
         """The first ``stop`` columns."""
         return self.keys[layer][..., :stop, :], self.values[layer][..., :stop, :]
 
-    def move_columns(self, start: int, columns: Sequence[int]) -> None:
-        """Copy columns to the places from ``start`` on."""
+    def copy_columns(self, start: int, columns: Sequence[int]) -> None:
+        """Write these columns again from ``start`` on."""
         wanted = mx.array(columns)
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             self.write(layer, start, mx.take(key, wanted, axis=2), mx.take(value, wanted, axis=2))
 
+    def copy_from(self, other: "KVBuffer", length: int) -> None:
+        """Become a copy of another buffer's first columns."""
+        for layer in range(len(self.keys)):
+            self.write(layer, 0, *other.read(layer, length))
+
     def arrays(self) -> list[mx.array]:
         """All keys and values, to be evaluated."""
         return [array for array in self.keys + self.values if array is not None]
-
-    def share(self) -> Self:
-        """A second buffer over the same columns."""
-        shared = type(self)(len(self.keys))
-        # Writing to an array changes the object; a slice of everything is another one, not a copy.
-        shared.keys = [None if array is None else array[:] for array in self.keys]
-        shared.values = [None if array is None else array[:] for array in self.values]
-        mx.async_eval(shared.arrays())  # lazy arrays belong to the thread that made them
-        return shared
-
-    def release(self) -> None:
-        """Nothing to do: the arrays go with their last reader."""
-
-    def own(self, length: int) -> Self:
-        """This buffer: MLX itself copies what others still read."""
-        return self
 
 
 def _written(held: mx.array | None, new: mx.array, start: int) -> mx.array:

@@ -3,23 +3,22 @@
 from typing import Any
 
 import mlx.core as mx
-import psutil
 from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load_model as load_mlx_model
 
 from specguard.backends.checkpoint import Checkpoint, open_checkpoint
-from specguard.backends.mlx.forward import Forward
-from specguard.backends.mlx.model import MlxModel
+from specguard.backends.local.engine import LocalEngine
+from specguard.backends.memory import Demand, this_machine
+from specguard.backends.mlx.layer import MlxLayer
 from specguard.backends.tokenizer import FolderTokenizer
 from specguard.core.errors import SpecguardError
 
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-_GIB = 2**30
 
 
 def load_model(
     source: str, dtype: str = "auto", trust_remote_code: bool = False, is_headless: bool = False
-) -> MlxModel:
+) -> LocalEngine:
     """Load a folder or a downloaded hub id (``owner/name[@revision]``), quantised or not.
 
     ``dtype`` "auto" is what the checkpoint holds on a GPU and float32 on a CPU. Quantised weights
@@ -39,7 +38,6 @@ def load_model(
             f"{source} cannot be run by the MLX backend: {refusal}",
             "choose a model with plain attention in every layer, or --backend cpu",
         )
-    _check_memory(checkpoint, number_type)
     tokenizer = FolderTokenizer(checkpoint.folder, trust_remote_code)
     _raise_wired_limit()
     try:
@@ -61,9 +59,9 @@ def load_model(
             f"{source} ({checkpoint.model_type}) cannot be loaded: {reason}", _hint(reason)
         ) from error
     num_tokens = max(tokenizer.vocabulary.values()) + 1
-    return MlxModel(
+    return LocalEngine(
         source,
-        Forward(model, f"{source} ({checkpoint.model_type})", num_tokens),
+        MlxLayer(model, f"{source} ({checkpoint.model_type})", num_tokens),
         tokenizer,
         context_limit=checkpoint.context_limit,
     )
@@ -116,17 +114,15 @@ def _rope_refusal(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _check_memory(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> None:
-    needed = checkpoint.num_bytes
-    if dtype is not None and "quantization" not in checkpoint.config:
-        needed = checkpoint.num_parameters * dtype.size
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise SpecguardError(
-            f"{checkpoint.name} needs {needed / _GIB:.1f} GiB and this machine has "
-            f"{free / _GIB:.1f} GiB free",
-            "choose a smaller or quantised pair (4-bit), or close other programs",
-        )
+def demand(source: str, dtype: str) -> Demand:
+    """What a model will take of this machine's memory, which a Mac's GPU shares."""
+    number_type = _dtype(dtype)
+    checkpoint = open_checkpoint(source)
+    size = 2 if number_type is None else number_type.size
+    weights = checkpoint.num_bytes
+    if number_type is not None and "quantization" not in checkpoint.config:
+        weights = checkpoint.num_parameters * size
+    return Demand(source, this_machine(), weights, checkpoint.num_cached_numbers * size)
 
 
 def _raise_wired_limit() -> None:

@@ -9,9 +9,8 @@ from typing import TypeVar, cast
 
 import mlx.core as mx
 
-from specguard.backends.verbs import count_accepted
-from specguard.core.model import Candidate, FloatArray, Sampling
-from specguard.core.shortcuts import uses
+from specguard.core.engine import Sampling
+from specguard.core.reference import is_reference
 
 _BLOCK = 256  # token ids
 _LOWEST = -1e30
@@ -24,7 +23,7 @@ def _compiled(work: F) -> F:
 
     @wraps(work)
     def chosen(*args: object) -> object:
-        return compiled(*args) if uses("compiled") else work(*args)
+        return work(*args) if is_reference() else compiled(*args)
 
     return cast(F, chosen)
 
@@ -97,26 +96,3 @@ def _first_above(
     places = mx.arange(weights.shape[-1])
     found = mx.where(begins, places, 0).max(-1)
     return found, wanted - entries(before, found)[:, None]
-
-
-def accept_tokens(
-    judged: mx.array, drafted: mx.array, candidate: Candidate, uniforms: FloatArray
-) -> tuple[int, list[int]]:
-    """Accept token t with probability min(1, p/q), else draw from max(0, p - q), normalised.
-
-    ``judged`` [n + 1, V] are the warped p, ``drafted`` [n, V] the warped q.
-    """
-    n = len(candidate.token_ids)
-    wanted = mx.array(candidate.token_ids)
-    num_accepted = count_accepted(
-        entries(judged[:n], wanted).tolist(), entries(drafted, wanted).tolist(), uniforms
-    )
-    kept = list(candidate.token_ids[:num_accepted])
-    if num_accepted < n:
-        remaining = mx.maximum(judged[num_accepted] - drafted[num_accepted], 0)
-    elif candidate.finish == "length":
-        remaining = judged[n]
-    else:
-        return num_accepted, kept
-    last = draw(remaining[None], mx.array([float(uniforms[n])]))
-    return num_accepted, [*kept, int(last.item())]

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
+from specguard.backends.memory import Demand
 from specguard.backends.registry import BackendStatus
+from specguard.core.engine import Engine
 from specguard.core.errors import UsageError
-from specguard.core.model import LanguageModel
 
 _INSTALL = "pip install 'specguard[torch]'"
 
@@ -48,6 +48,13 @@ class TorchBackend:
         device = f"{torch.get_num_threads()} threads" if self.name == "cpu" else "Metal GPU"
         return BackendStatus(self.name, True, device, version, psutil.virtual_memory().total)
 
+    def demand(self, source: str, dtype: str, device: str | None) -> Demand:
+        """What a model will take of the device's memory."""
+        self._check_device(device)
+        from specguard.backends.pytorch.loading import demand
+
+        return demand(source, device or self.name, dtype)
+
     def load(
         self,
         source: str,
@@ -55,13 +62,16 @@ class TorchBackend:
         trust_remote_code: bool,
         device: str | None,
         is_headless: bool = False,
-    ) -> LanguageModel[Any]:
+    ) -> Engine:
         """Load a model onto this backend's device."""
-        if device is not None and self.name != "cuda":
-            raise UsageError(f"backend {self.name!r} has one device: leave the number out")
+        self._check_device(device)
         from specguard.backends.pytorch.loading import load_model
 
         return load_model(source, device or self.name, dtype, trust_remote_code, is_headless)
+
+    def _check_device(self, device: str | None) -> None:
+        if device is not None and self.name != "cuda":
+            raise UsageError(f"backend {self.name!r} has one device: leave the number out")
 
 
 CPU, CUDA, MPS = TorchBackend("cpu"), TorchBackend("cuda"), TorchBackend("mps")

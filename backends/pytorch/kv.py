@@ -1,145 +1,86 @@
-"""Keys and values: a growing buffer per sequence, and the cache that a model writes it through."""
+"""Keys and values of one sequence in one tensor, and the cache through which a model writes it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from specguard.backends.sequence import BufferedSequence
-
 _FIRST_CAPACITY = 256
 
 
 class KVBuffer:
-    """Per layer keys and values [rows, kv_heads, capacity, dim], columns filled from the left.
+    """Keys and values [layers, 2, kv_heads, capacity, dim], columns filled from the left.
 
-    ``num_users`` counts the sequences that share the buffer; who writes must be the only one.
+    The shape is known once the first column is written: layers that differ are refused then.
     """
 
-    __slots__ = ("keys", "num_users", "values")
+    __slots__ = ("_layers", "_num_layers", "data")
 
     def __init__(self, num_layers: int) -> None:
-        self.keys: list[Tensor | None] = [None] * num_layers
-        self.values: list[Tensor | None] = [None] * num_layers
-        self.num_users = 1
+        self._num_layers = num_layers
+        self.data: Tensor | None = None
+        self._layers: list[tuple[Tensor, Tensor]] = []  # views [1, kv_heads, capacity, dim]
 
     @property
     def num_bytes_per_token(self) -> int:
-        """What a column of one row takes, once something is written."""
-        held = [part[0, :, 0] for part in self.keys + self.values if part is not None]
-        return sum(part.numel() * part.element_size() for part in held)
+        """What a column takes, once something is written."""
+        if self.data is None:
+            return 0
+        return self.data[:, :, :, 0].numel() * self.data.element_size()
 
     def write(self, layer: int, start: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store columns [rows, kv_heads, n, dim] from ``start`` on; return all up to them."""
-        stop = start + key.shape[2]
-        keys = self.keys[layer] = _with_room(self.keys[layer], key, start, stop)
-        values = self.values[layer] = _with_room(self.values[layer], value, start, stop)
-        keys[:, :, start:stop] = key
-        values[:, :, start:stop] = value
+        """Store columns [kv_heads, n, dim] from ``start`` on; all of the layer up to them.
+
+        Returned are views [1, kv_heads, columns, dim].
+        """
+        stop = start + key.shape[1]
+        if self.data is None or self.data.shape[3] < stop:
+            self._grow(key, start, stop)
+        keys, values = self._layers[layer]
+        keys[0, :, start:stop] = key
+        values[0, :, start:stop] = value
         return keys[:, :, :stop], values[:, :, :stop]
 
-    def copy_columns(self, start: int, source: "KVBuffer", row: int, columns: Tensor) -> None:
-        """Write one row's columns of another buffer, or of this one, from ``start`` on."""
-        for layer, (key, value) in enumerate(zip(source.keys, source.values, strict=True)):
-            if key is not None and value is not None:
-                self.write(
-                    layer,
-                    start,
-                    key[row : row + 1].index_select(2, columns),
-                    value[row : row + 1].index_select(2, columns),
-                )
+    def copy_columns(self, start: int, columns: Sequence[int]) -> None:
+        """Write these columns again from ``start`` on."""
+        assert self.data is not None
+        wanted = torch.tensor(columns, device=self.data.device)
+        self.data[:, :, :, start : start + len(columns)] = self.data.index_select(3, wanted)
 
-    def share(self) -> Self:
-        """The same buffer for one more sequence."""
-        self.num_users += 1
-        return self
+    def copy_from(self, other: "KVBuffer", length: int) -> None:
+        """Become a copy of another buffer's first columns."""
+        assert other.data is not None
+        self._allocate(other.data, length)
+        assert self.data is not None
+        self.data[:, :, :, :length] = other.data[:, :, :, :length]
 
-    def release(self) -> None:
-        """One sequence fewer uses it."""
-        self.num_users -= 1
+    def _grow(self, like: Tensor, held: int, stop: int) -> None:
+        old = self.data
+        if old is None:
+            heads, _, dim = like.shape
+            self._allocate(like.new_empty(self._num_layers, 2, heads, 0, dim), stop)
+            return
+        self._allocate(old, 2 * stop)
+        assert self.data is not None
+        self.data[:, :, :, :held] = old[:, :, :, :held]
 
-    def own(self, length: int) -> "KVBuffer":
-        """This buffer, or a copy of its first ``length`` columns where it is shared."""
-        if self.num_users == 1:
-            return self
-        self.release()
-        copied = KVBuffer(len(self.keys))
-        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            if key is not None and value is not None and length:
-                copied.write(layer, 0, key[:, :, :length], value[:, :, :length])
-        return copied
-
-
-def _with_room(held: Tensor | None, new: Tensor, start: int, stop: int) -> Tensor:
-    if held is not None and held.shape[2] >= stop:
-        return held
-    capacity = max(_FIRST_CAPACITY, 2 * stop)
-    rows, heads, _, dim = new.shape
-    grown = new.new_empty(rows, heads, capacity, dim)
-    if held is not None:
-        grown[:, :, :start] = held[:, :, :start]
-    return grown
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Columns of one row of a buffer: so many from the left, or the given ones."""
-
-    buffer: KVBuffer
-    row: int
-    columns: int | Tensor
-
-    @property
-    def num_columns(self) -> int:
-        """How many there are."""
-        return self.columns if isinstance(self.columns, int) else len(self.columns)
-
-
-def stack(parts: Sequence[Part]) -> KVBuffer:
-    """One buffer with a row for each part, filled from the left and padded with zeros."""
-    stacked = KVBuffer(len(parts[0].buffer.keys))
-    width = max(part.num_columns for part in parts)
-    for layer in range(len(stacked.keys)):
-        for held in "keys", "values":
-            wholes = [getattr(part.buffer, held)[layer] for part in parts]
-            like = next((whole for whole in wholes if whole is not None), None)
-            if like is None or not width:
-                continue
-            _, heads, _, dim = like.shape
-            rows = like.new_empty(len(parts), heads, max(_FIRST_CAPACITY, 2 * width), dim)
-            for row, part, whole in zip(rows, parts, wholes, strict=True):
-                length = part.num_columns
-                row[:, length:width] = 0
-                if isinstance(part.columns, int):
-                    row[:, :length] = whole[part.row, :, :length] if length else 0
-                else:
-                    torch.index_select(whole[part.row], 1, part.columns, out=row[:, :length])
-            getattr(stacked, held)[layer] = rows
-    return stacked
-
-
-TorchSequence = BufferedSequence[KVBuffer]
-
-
-@dataclass(slots=True)
-class Handle:
-    """Where a candidate's KV lies, and its warped distributions [n, V] if they were kept."""
-
-    sequence: TorchSequence
-    version: int
-    buffer: KVBuffer
-    row: int
-    columns: list[int]
-    distributions: Tensor | None = None
+    def _allocate(self, like: Tensor, columns: int) -> None:
+        layers, _, heads, _, dim = like.shape
+        capacity = max(_FIRST_CAPACITY, columns)
+        self.data = like.new_empty(layers, 2, heads, capacity, dim)
+        self._layers = [(part[0:1], part[1:2]) for part in self.data]
 
 
 class PassCache(Cache):  # type: ignore[misc]
-    """The cache that a model sees in one pass: writes go to a buffer, from one column on."""
+    """The cache that a model with its own attention sees in one pass over one row.
 
-    def __init__(self, buffer: KVBuffer, start: int) -> None:
+    Without a buffer, for the attention of this package, new keys and values come back as they are:
+    it stores them itself.
+    """
+
+    def __init__(self, start: int = 0, buffer: KVBuffer | None = None) -> None:
         super().__init__(layers=[])
         self.buffer = buffer
         self.start = start
@@ -150,7 +91,9 @@ class PassCache(Cache):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         """Store a layer's new columns; all columns so far come back."""
         self.num_updates += 1
-        return self.buffer.write(layer_idx, self.start, key_states, value_states)
+        if self.buffer is None:
+            return key_states, value_states
+        return self.buffer.write(layer_idx, self.start, key_states[0], value_states[0])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns before this pass."""

@@ -2,23 +2,21 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-import psutil
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from specguard.backends.checkpoint import Checkpoint, open_checkpoint
+from specguard.backends.local.engine import LocalEngine
+from specguard.backends.memory import Demand, Place, this_machine
 from specguard.backends.pytorch.attention import ATTENTION_NAME, register
-from specguard.backends.pytorch.forward import Forward
-from specguard.backends.pytorch.model import TorchModel
+from specguard.backends.pytorch.layer import TorchLayer, is_out_of_memory
 from specguard.backends.tokenizer import FolderTokenizer
 from specguard.core.errors import SpecguardError
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _USABLE_LAYERS = {"full_attention", "sliding_attention"}
-_GIB = 2**30
 
 
 def load_model(
@@ -27,7 +25,7 @@ def load_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     is_headless: bool = False,
-) -> TorchModel:
+) -> LocalEngine:
     """Load a folder or a downloaded hub id (``owner/name[@revision]``).
 
     ``dtype`` "auto" is bfloat16 on CUDA, float16 on MPS and float32 on a CPU. ``is_headless`` is
@@ -42,7 +40,6 @@ def load_model(
     checkpoint = open_checkpoint(source)
     checkpoint.check_head(is_headless)
     _check_usable(checkpoint)
-    _check_memory(checkpoint, place, number_type)
     refusal = checkpoint.capture_refusal
     tokenizer = FolderTokenizer(checkpoint.folder, trust_remote_code)
     register()
@@ -52,6 +49,7 @@ def load_model(
                 checkpoint.folder,
                 output_loading_info=True,
                 dtype=number_type,
+                device_map={"": place},  # straight to the device
                 attn_implementation=ATTENTION_NAME if refusal is None else "eager",
                 local_files_only=True,
                 use_safetensors=True,
@@ -59,10 +57,9 @@ def load_model(
                 # The embeddings stand in for a language head that may not be there.
                 **({"tie_word_embeddings": True} if is_headless else {}),
             )
-            model = model.to(place)
-    except torch.OutOfMemoryError as error:
-        raise _out_of_memory(checkpoint, place) from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise _out_of_memory(checkpoint, place) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SpecguardError(
             f"{source} ({checkpoint.model_type}) cannot be loaded: {reason}",
@@ -77,11 +74,30 @@ def load_model(
             "download or copy them again",
         )
     num_tokens = max(tokenizer.vocabulary.values()) + 1
-    return TorchModel(
+    layer = TorchLayer(model, source, num_tokens)
+    return LocalEngine(
         source,
-        Forward(model, source, num_tokens, refusal),
+        layer,
         tokenizer,
         context_limit=checkpoint.context_limit,
+        attention_refusal=refusal,
+        note=f"transformers' own layers run it: {layer.why_not_fused}"
+        if layer.why_not_fused
+        else "",
+    )
+
+
+def demand(source: str, device: str, dtype: str) -> Demand:
+    """What a model will take of the memory of its device; arguments as in `load_model`."""
+    place = _device(device)
+    size = _dtype(dtype, place).itemsize
+    checkpoint = open_checkpoint(source)
+    memory = this_machine()
+    if place.type == "cuda":
+        # "cuda" and "cuda:0" are one.
+        memory = Place(f"GPU {place.index or 0}", torch.cuda.mem_get_info(place)[0])
+    return Demand(
+        source, memory, checkpoint.num_parameters * size, checkpoint.num_cached_numbers * size
     )
 
 
@@ -98,26 +114,6 @@ def _check_usable(checkpoint: Checkpoint) -> None:
             f"{checkpoint.name} ({checkpoint.model_type}) has layers whose state cannot be cut "
             f"back: {', '.join(sorted(unusable))}",
             "choose a model with attention in every layer",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    free: int
-    name: str
-
-
-def _check_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    needed = checkpoint.num_parameters * dtype.itemsize
-    if device.type == "cuda":
-        memory = _Memory(torch.cuda.mem_get_info(device)[0], f"GPU {device}")
-    else:
-        memory = _Memory(psutil.virtual_memory().available, "this machine")
-    if needed > memory.free:
-        raise SpecguardError(
-            f"{checkpoint.name} needs {needed / _GIB:.1f} GiB and {memory.name} has "
-            f"{memory.free / _GIB:.1f} GiB free",
-            "choose a smaller pair, --dtype bfloat16, or close other programs",
         )
 
 

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from specguard.backends.verbs import count_accepted
-from specguard.core.model import Candidate, FloatArray, Sampling
-from specguard.core.shortcuts import uses
+from specguard.core.engine import FloatArray, Sampling
+from specguard.core.reference import is_reference
 
 _CHUNK = 128
 _FEW = 64  # tokens that nearly always hold the mass that top-p keeps
@@ -50,24 +49,19 @@ def sample(
     sampling: Sampling,
     uniforms: FloatArray,
     rows: Tensor | None = None,
-    probs: Tensor | None = None,
 ) -> Tensor:
     """Token ids [N]: what `draw` takes from `warp`, without either where they are not needed.
 
-    ``logits`` [N, V]; or [A, V], of which token i is drawn from row ``rows[i]``. ``probs`` are
-    their warped probabilities, where these are known.
+    ``logits`` [N, V]; or [A, V], of which token i is drawn from row ``rows[i]``.
     """
-    best: Tensor | None = None
     if sampling.is_greedy:
-        best = logits.argmax(-1)
-    elif probs is None:
+        best: Tensor | None = logits.argmax(-1)
+    else:
         probs = _tempered(logits, sampling)
         best = _only_choice(probs, sampling.top_p)
-        if best is None:
-            probs = _nucleus(probs, sampling.top_p)
     if best is not None:
         return best if rows is None else best[rows]
-    assert probs is not None
+    probs = _nucleus(probs, sampling.top_p)
     wanted = torch.from_numpy(uniforms).to(probs.device)
     return draw(probs if rows is None else probs[rows], wanted)
 
@@ -79,7 +73,7 @@ def _tempered(logits: Tensor, sampling: Sampling) -> Tensor:
 def _only_choice(probs: Tensor, top_p: float) -> Tensor | None:
     """The token [N] that top-p leaves of each row where it leaves one in all of them, else None."""
     # On a GPU, looking whether it does would wait for the device.
-    if probs.device.type != "cpu" or top_p >= 1 or not uses("only-choice"):
+    if probs.device.type != "cpu" or top_p >= 1 or is_reference():
         return None
     highest, best = probs.max(-1)
     # Above a half nothing ties with it.
@@ -114,26 +108,3 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     wanted = torch.minimum(uniforms.unsqueeze(-1) * total, total * (1 - 2**-22))
     # Only what is not a number comes out past the end; the caller refuses its log-probability.
     return torch.searchsorted(cdf, wanted, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)
-
-
-def accept_tokens(
-    judged: Tensor, drafted: Tensor, candidate: Candidate, uniforms: FloatArray
-) -> tuple[int, list[int]]:
-    """Accept token t with probability min(1, p/q), else draw from max(0, p - q), normalised.
-
-    ``judged`` [n + 1, V] are the warped p, ``drafted`` [n, V] the warped q.
-    """
-    n = len(candidate.token_ids)
-    wanted = torch.tensor(candidate.token_ids, device=judged.device).unsqueeze(-1)
-    p = judged[:n].gather(1, wanted).squeeze(1).tolist()
-    q = drafted.gather(1, wanted).squeeze(1).tolist()
-    num_accepted = count_accepted(p, q, uniforms)
-    kept = list(candidate.token_ids[:num_accepted])
-    if num_accepted < n:
-        remaining = (judged[num_accepted] - drafted[num_accepted]).clamp(min=0)
-    elif candidate.finish == "length":
-        remaining = judged[n]
-    else:
-        return num_accepted, kept
-    last = torch.tensor([uniforms[n]], dtype=remaining.dtype, device=remaining.device)
-    return num_accepted, [*kept, int(draw(remaining.unsqueeze(0), last))]

@@ -12,7 +12,7 @@ import numpy as np
 from recipes.evidence import selection, steps
 from recipes.evidence import signals as judged
 from recipes.evidence.sensitivity import layers_and_epsilon, weight_and_threshold
-from specguard import Engine, load
+from specguard import Solver, load
 from specguard.bench.datasets import DataSet, Item
 from specguard.bench.journal import read_lines
 from specguard.bench.report import as_markdown, summarise
@@ -42,7 +42,7 @@ def run_options(command: F) -> F:
     return command
 
 
-def pair(backend: str, draft: str | None, target: str | None) -> Engine:
+def pair(backend: str, draft: str | None, target: str | None) -> Solver:
     """The built-in pair, or its settings with other weights."""
     if draft is None and target is None:
         return load(BUILT_IN_PAIR, backend=backend)
@@ -170,16 +170,16 @@ def sensitivity(
     table: str,
 ) -> None:
     """Solve problems by the paper's ensemble with other settings; OUTPUT is a folder."""
-    engine = pair(backend, draft, target)
-    base = engine.config
+    solver = pair(backend, draft, target)
+    base = solver.config
     if table == "weights":
         methods = weight_and_threshold(base)
     else:
-        assert engine.target is not None
-        methods = layers_and_epsilon(base, steps.num_layers_of(engine.target))
+        assert solver.target is not None
+        methods = layers_and_epsilon(base, steps.num_layers_of(solver.target))
     found = islice(problems.stream(STREAMS[stream]), count)
     items = [Item(str(i), item.text, str(item.answer)) for i, item in enumerate(found)]
-    run = Run(engine, DataSet(stream, tuple(items)), methods, [0], output, backend)
+    run = Run(solver, DataSet(stream, tuple(items)), methods, [0], output, backend)
     try:
         for number, _ in enumerate(run.rows_to_come(), 1):
             if number % 100 == 0:

@@ -1,30 +1,24 @@
 """Draft steps sampled after right prefixes, judged by the checker, with every signal on them."""
 
 from collections.abc import Sequence
-from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from recipes.tiny.checker import judge
-from specguard import Engine
+from specguard import Sampling, Solver
 from specguard.backends.checkpoint import open_checkpoint
 from specguard.bench.journal import Journal
-from specguard.core import (
-    Boundary,
-    Candidate,
-    Capture,
-    LanguageModel,
-    Observation,
-    PieceTable,
-    Sampling,
-)
-from specguard.core.config import Sources
+from specguard.core import Candidate, Capture, Engine, Observation
+from specguard.core.config import Author, Sources
+from specguard.core.context import ProblemContext
 from specguard.core.embedders import load_embedder
+from specguard.core.engine import FloatArray
 from specguard.core.grounding import grounding, source_mask
-from specguard.core.model import FloatArray
-from specguard.core.randomness import Purpose, problem_key, uniforms
+from specguard.core.randomness import problem_key
+from specguard.core.runner import Runner
 from specguard.core.selector import Embedder, distinct, mean_similarities
 from specguard.models.tiny import problems
 
@@ -36,7 +30,7 @@ RESIDUAL = 0.5
 
 
 def collect(
-    engine: Engine, embedders: Sequence[str], stream: int, count: int, path: Path
+    solver: Solver, embedders: Sequence[str], stream: int, count: int, path: Path
 ) -> list[dict[str, Any]]:
     """The steps of ``count`` problems, from a journal at ``path`` that holds a row a problem.
 
@@ -45,19 +39,20 @@ def collect(
     first k samples.
     """
     loaded = {name: load_embedder(name) for name in embedders}
-    assert engine.draft is not None
-    assert engine.target is not None
+    assert solver.draft is not None
+    assert solver.target is not None
     settings = {
-        "draft": engine.draft.name,
-        "target": engine.target.name,
+        "draft": solver.draft.name,
+        "target": solver.target.name,
         "stream": stream,
         "embedders": list(embedders),
     }
-    with Journal(path, settings) as journal:
+    with Journal(path, settings) as journal, Runner() as runner:
         done = {row["problem"] for row in journal.rows}
         for index in range(count):
             if index not in done:
-                rows = _problem_rows(engine, loaded, problems.generate(stream, index))
+                problem = problems.generate(stream, index)
+                rows = runner.run(_problem_rows(solver, loaded, problem))
                 journal.append({"problem": index, "steps": rows})
         return steps_of(journal.rows[:count])
 
@@ -67,41 +62,28 @@ def steps_of(problem_rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"problem": row["problem"], **step} for row in problem_rows for step in row["steps"]]
 
 
-def _problem_rows(
-    engine: Engine, embedders: dict[str, Embedder], problem: problems.Problem
+async def _problem_rows(
+    solver: Solver, embedders: dict[str, Embedder], problem: problems.Problem
 ) -> list[dict[str, Any]]:
-    draft, target = engine.draft, engine.target
-    assert draft is not None
-    assert target is not None
-    prompt = draft.tokenizer.encode_prompt(problem.text, None, False)
-    pieces = PieceTable(draft.tokenizer)
+    assert solver.draft is not None
+    assert solver.target is not None
+    engines: dict[Author, Engine] = {"draft": solver.draft, "target": solver.target}
+    prompt = solver.draft.tokenizer.encode_prompt(problem.text, None, False)
+    config = replace(solver.config, delimiter=problems.DELIMITER, max_step_tokens=MAX_STEP_TOKENS)
+    context = ProblemContext(engines, prompt, problem_key(problem.text), config)
+    sampling = config.sampling or Sampling()
     rows = []
-    with closing(draft.start(prompt)) as ours, closing(target.start(prompt)) as theirs:
+    try:
         for index, right in enumerate(problem.steps):
-            boundary = Boundary(problems.DELIMITER, draft.tokenizer.eos_ids, MAX_STEP_TOKENS)
-            draws = uniforms(
-                engine.config.seed,
-                problem_key(problem.text),
-                Purpose.DRAFT,
-                index,
-                max(NUM_SAMPLES),
-                MAX_STEP_TOKENS,
-            )
-            [samples] = draft.propose(
-                [ours],
-                max(NUM_SAMPLES),
-                engine.config.sampling or Sampling(),
-                [boundary],
-                draws[np.newaxis],
-            )
-            kept = distinct(samples)
-            candidates = [samples[place] for place in kept]
+            context.step = index
+            samples = await context.generate("draft", sampling, max(NUM_SAMPLES), embeddings=True)
+            candidates = [samples[place] for place in distinct(samples)]
             places = {candidate.token_ids: i for i, candidate in enumerate(candidates)}
             signals: list[dict[str, float]] = [{} for _ in candidates]
-            for role, model, sequence in ("draft", draft, ours), ("target", target, theirs):
-                found = _signals(model, sequence, prompt, candidates, pieces)
-                for own, new in zip(signals, found, strict=True):
-                    own.update({f"{role} {name}": value for name, value in new.items()})
+            for author in engines:
+                seen = await _signals(context, author, candidates)
+                for own, new in zip(signals, seen, strict=True):
+                    own.update({f"{author} {name}": value for name, value in new.items()})
             rows.append(
                 {
                     "step": index,
@@ -120,9 +102,9 @@ def _problem_rows(
                     ],
                 }
             )
-            token_ids = draft.tokenizer.encode(right + problems.DELIMITER)
-            draft.extend([ours], [token_ids])
-            target.extend([theirs], [token_ids])
+            context.append(context.tokenizer.encode(right + problems.DELIMITER))
+    finally:
+        context.release()
     return rows
 
 
@@ -141,24 +123,21 @@ def _similarities(
     return found
 
 
-def _signals(
-    model: LanguageModel[Any],
-    sequence: Any,
-    prompt: Any,
-    candidates: Sequence[Candidate],
-    pieces: PieceTable,
+async def _signals(
+    context: ProblemContext, author: Author, candidates: Sequence[Candidate]
 ) -> list[dict[str, float]]:
     """Every signal of one model on each candidate, by name."""
     continuations = [candidate.token_ids for candidate in candidates]
     is_digit = [
-        np.array([any(map(str.isdigit, pieces(token))) for token in token_ids])
+        np.array([any(map(str.isdigit, context.pieces(token))) for token in token_ids])
         for token_ids in continuations
     ]
-    found: list[dict[str, float]] = []
-    [seen] = model.score([sequence], [continuations])
+    signals: list[dict[str, float]] = []
+    seen = await context.score(author, continuations)
     for observation, digits in zip(seen, is_digit, strict=True):
         logprobs, entropies = observation.token_logprobs, observation.token_entropies
-        found.append(
+        assert entropies is not None
+        signals.append(
             {
                 "log_prob": float(logprobs.min()),
                 "log_prob_mean": float(logprobs.mean()),
@@ -167,17 +146,17 @@ def _signals(
                 **_over_digits("log_prob", logprobs, digits),
             }
         )
-    num_layers = num_layers_of(model)
+    num_layers = num_layers_of(context.engines[author])
     for sources in SOURCES:
-        is_source = source_mask(prompt, len(sequence.token_ids), sources)
+        is_source = source_mask(context.prompt, len(context.token_ids), sources)
         for epsilon in EPSILONS:
             capture = Capture(is_source, num_layers, epsilon)
-            [seen] = model.score([sequence], [continuations], [capture])
-            for own, observation, digits in zip(found, seen, is_digit, strict=True):
+            seen = await context.score(author, continuations, capture)
+            for own, observation, digits in zip(signals, seen, is_digit, strict=True):
                 own.update(
                     _attention_signals(f"{sources} eps={epsilon}", observation, capture, digits)
                 )
-    return found
+    return signals
 
 
 def _attention_signals(
@@ -197,9 +176,9 @@ def _attention_signals(
     return found
 
 
-def num_layers_of(model: LanguageModel[Any]) -> int:
+def num_layers_of(engine: Engine) -> int:
     """Layers of a model that was loaded from a folder."""
-    return int(open_checkpoint(model.name).text_config["num_hidden_layers"])
+    return int(open_checkpoint(engine.name).text_config["num_hidden_layers"])
 
 
 def _over_digits(name: str, values: FloatArray, digits: FloatArray) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """How well a reward model tells right draft steps from wrong ones, beside the log-probabilities."""
 
 from collections.abc import Iterable
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ from sklearn.metrics import brier_score_loss
 
 from recipes.evidence.signals import Sample, auc
 from specguard.core import RewardModel
+from specguard.core.runner import Runner
 from specguard.models.tiny import problems
 
 REWARD = "reward"
@@ -48,14 +48,16 @@ def add_rewards(model: RewardModel, stream: int, rows: Iterable[dict[str, Any]])
     by_problem: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
         by_problem.setdefault(row["problem"], []).append(row)
-    for index, steps in by_problem.items():
-        problem = problems.generate(stream, index)
-        with closing(model.start(problem.text)) as sequence:
+    with Runner() as runner:
+        for index, steps in by_problem.items():
+            problem = problems.generate(stream, index)
             for row in steps:
                 before = problem.steps[: row["step"]]
                 for candidate in row["candidates"]:
-                    found = sequence.rewards([*before, candidate["text"]])
-                    candidate["signals"][REWARD] = found[-1]
+                    texts = [*before, candidate["text"]]
+                    rewards = runner.run(model.rewards(index, problem.text, texts))
+                    candidate["signals"][REWARD] = rewards[-1]
+            model.release(index)
 
 
 def areas(sample: Sample, names: Iterable[str]) -> dict[str, tuple[float, dict[str, float]]]:

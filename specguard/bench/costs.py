@@ -12,16 +12,14 @@ class Costs:
 
     ``draft_token`` t_d(k): one decode step of the draft for all k candidates. ``target_token`` t_t:
     one decode step of the target. ``verify`` v: the verifying pass of a step (with the target as
-    selector one pass over all candidates). ``commit`` v_d: keeping the chosen candidate in the
-    models that hold it. ``catch_up`` s: reading a rewritten step by the model that did not write
-    it. ``num_tokens`` n: of the mean step; ``num_longest`` n_max: of its longest candidate;
-    ``num_rewritten`` n_r: what the target decodes of the mean rewritten step.
+    selector one pass over all candidates). ``catch_up`` s: reading a rewritten step by the model
+    that did not write it. ``num_tokens`` n: of the mean step; ``num_longest`` n_max: of its
+    longest candidate; ``num_rewritten`` n_r: what the target decodes of the mean rewritten step.
     """
 
     draft_token: float
     target_token: float
     verify: float
-    commit: float
     catch_up: float
     num_tokens: float
     num_longest: float
@@ -39,10 +37,10 @@ class Prefill:
 def ideal_seconds(costs: Costs, rejected: float) -> float:
     """Model work for a token of the solution, in seconds, reading the prompt apart.
 
-    A step of n tokens takes n_max decode steps of the draft, a verifying and a committing pass; of
-    the ``rejected`` share r the target decodes n_r tokens, which the draft then reads:
+    A step of n tokens takes n_max decode steps of the draft and a verifying pass; of the
+    ``rejected`` share r the target decodes n_r tokens, which the draft then reads:
 
-        t_d(k) n_max / n + (v + v_d) / n + r (t_t n_r / n + s / n)
+        t_d(k) n_max / n + v / n + r (t_t n_r / n + s / n)
 
     Where the target writes all of a step and rejected steps are as long as others, n_r = n, that is
     r (t_t + s / n).
@@ -54,9 +52,8 @@ def ideal_seconds(costs: Costs, rejected: float) -> float:
         raise ValueError(f"a share lies in [0, 1], not {rejected}")
     n = costs.num_tokens
     drafted = costs.draft_token * costs.num_longest / n
-    passes = (costs.verify + costs.commit) / n
     rewriting = costs.target_token * costs.num_rewritten + costs.catch_up
-    return drafted + passes + rejected * rewriting / n
+    return drafted + costs.verify / n + rejected * rewriting / n
 
 
 def speed_up(costs: Costs, rejected: float) -> float:

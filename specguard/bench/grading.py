@@ -8,14 +8,15 @@ in a worker that is stopped and started anew when an answer takes too long.
 import logging
 import multiprocessing
 import re
+from concurrent.futures import TimeoutError as PoolTimeoutError
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from functools import partial
 from types import TracebackType
 from typing import Literal
 
 from specguard.core.errors import SpecguardError
 
-Reason = Literal["equal", "different", "no answer", "unreadable", "timeout"]
+Reason = Literal["equal", "different", "no answer", "unreadable", "timeout", "crash"]
 
 _MEMORY_BYTES = 2 << 30
 _START_SECONDS = 120.0
@@ -49,13 +50,20 @@ class Grader:
     def __init__(self, seconds: float = 5.0) -> None:
         try:
             import math_verify  # noqa: F401
+            from pebble import ProcessPool
         except ImportError as error:
             raise SpecguardError(
-                "the package math-verify is not installed", "pip install 'specguard[bench]'"
+                f"the package {error.name} is not installed", "pip install 'specguard[bench]'"
             ) from error
         self._seconds = seconds
-        self._worker: multiprocessing.process.BaseProcess | None = None
-        self._pipe: Connection[tuple[str, str], str] | None = None
+        self._new_pool = partial(
+            ProcessPool,
+            max_workers=1,
+            context=multiprocessing.get_context("spawn"),
+            initializer=_prepare,
+        )
+        self._pool = self._new_pool()
+        self._is_started = False
 
     def __enter__(self) -> "Grader":
         return self
@@ -70,44 +78,47 @@ class Grader:
 
     def close(self) -> None:
         """End the worker; grading again starts another."""
-        if self._worker is not None and self._pipe is not None:
-            self._pipe.close()
-            self._worker.kill()
-            self._worker.join()
-        self._worker = self._pipe = None
+        self._pool.stop()
+        self._pool.join()
 
     def grade(self, answer: str | None, gold: str) -> Grade:
-        r"""Compare an answer, the content of ``\boxed{}``, with the known one."""
+        r"""Compare an answer, the content of ``\boxed{}``, with the known one.
+
+        Raises:
+            SpecguardError: no worker can be started.
+        """
         if answer is None or not clean(answer):
             return Grade("no answer")
         if _BLANKS.sub("", clean(answer)) == _BLANKS.sub("", clean(gold)):
             return Grade("equal")
-        pipe = self._started()
-        try:
-            pipe.send((clean(answer), clean(gold)))
-            if not pipe.poll(self._seconds):
-                self.close()
-                return Grade("timeout")
-            reason: Reason = pipe.recv()  # type: ignore[assignment]
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            self.close()  # out of memory, most likely: as hopeless as one that never ends
-            return Grade("timeout")
-        return Grade(reason)
+        self._start()
+        return Grade(self._work(clean(answer), clean(gold), self._seconds))
 
-    def _started(self) -> "Connection[tuple[str, str], str]":
-        if self._pipe is not None:
-            return self._pipe
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        self._worker = context.Process(target=_work, args=(theirs,), daemon=True)
-        self._worker.start()
-        theirs.close()
-        self._pipe = ours
-        if not ours.poll(_START_SECONDS):
+    def _start(self) -> None:
+        """See to it that a worker works at all: then what fails later is an answer's fault."""
+        if not self._pool.active:  # it gives up where a worker dies that has nothing to do
             self.close()
-            raise SpecguardError("the grading process does not start")
-        ours.recv()
-        return ours
+            self._pool, self._is_started = self._new_pool(), False
+        if self._is_started:
+            return
+        reason = self._work("1", "2", _START_SECONDS)
+        if reason != "different":
+            raise SpecguardError(
+                f"the grading process does not start ({reason})",
+                "more memory may be needed; python -c 'import math_verify' says what is wrong",
+            )
+        self._is_started = True
+
+    def _work(self, answer: str, gold: str, seconds: float) -> Reason:
+        try:
+            reason: Reason = self._pool.schedule(
+                _compare, args=(answer, gold), timeout=seconds
+            ).result()
+        except PoolTimeoutError:
+            return "timeout"
+        except Exception:
+            return "crash"  # out of memory, most likely
+        return reason
 
 
 def clean(answer: str) -> str:
@@ -120,27 +131,22 @@ def clean(answer: str) -> str:
     return builder[1].strip() if builder else answer
 
 
-def _work(pipe: "Connection[str, tuple[str, str]]") -> None:
+def _prepare() -> None:
+    """Once in every worker, before the time of an answer begins."""
     _limit_memory()
+    # math-verify logs what it cannot read, and pebble that it does not start: our business.
+    logging.disable(logging.CRITICAL)
+    import math_verify  # noqa: F401
+
+
+def _compare(answer: str, gold: str) -> Reason:
     from math_verify import parse, verify
 
-    # It logs what it cannot read; that is our business.
-    logging.disable(logging.CRITICAL)
-    pipe.send("ready")
-    while True:
-        try:
-            answer, gold = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        # Both go the same way, so that what the parser does not see in one it misses in the other.
-        found, known = (
-            parse(f"$\\boxed{{{text}}}$", parsing_timeout=None) for text in (answer, gold)
-        )
-        if not known or not found:
-            pipe.send("unreadable")
-        else:
-            equal = verify(known, found, timeout_seconds=None)
-            pipe.send("equal" if equal else "different")
+    # Both go the same way, so that what the parser does not see in one it misses in the other.
+    given, known = (parse(f"$\\boxed{{{text}}}$", parsing_timeout=None) for text in (answer, gold))
+    if not known or not given:
+        return "unreadable"
+    return "equal" if verify(known, given, timeout_seconds=None) else "different"
 
 
 def _limit_memory() -> None:

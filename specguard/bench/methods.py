@@ -1,12 +1,12 @@
-"""The methods that a benchmark compares, by name: settings of one engine."""
+"""The methods that a benchmark compares, by name: settings of one pair."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from specguard.core.config import PRESETS, SolveConfig
+from specguard.core.engine import GREEDY, Sampling
 from specguard.core.errors import UsageError
-from specguard.core.model import GREEDY, Sampling
 
 BASELINE = "target"
 SAMPLED = Sampling()
@@ -14,7 +14,7 @@ SAMPLED = Sampling()
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """``changes`` to an engine's settings; one of ``num_samples`` solutions is chosen.
+    """``changes`` to a solver's settings; one of ``num_samples`` solutions is chosen.
 
     By ``choice`` "majority" the most frequent answer wins, ties go to the one that came first
     (self-consistency, Wang et al. 2023); by "reward" the solution whose steps a process reward
@@ -88,7 +88,6 @@ def known_methods(base: SolveConfig) -> dict[str, Method]:
         Method("specguard-adaptive", {"num_candidates": 16, "num_first_candidates": 4}),
         Method("specguard-target-selects", by_target),
         Method("specguard-draft-verifies", by_draft),
-        Method("specguard-combined", {"rewrite": "speculate"}),
         Method("paper", {"verifier": presets["paper"], "selector": "draft"}),
         Method("sc-only", {"verifier": presets["consistency-only"], "selector": "draft"}),
         Method("sc-log-prob", {"verifier": presets["log-prob"], "selector": "draft"}),

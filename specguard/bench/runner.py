@@ -13,11 +13,14 @@ from specguard.bench.grading import Grader, clean
 from specguard.bench.journal import Journal
 from specguard.bench.memory import peak_mebibytes
 from specguard.bench.methods import Method
-from specguard.core import Engine, Finished, Task, solve_many
+from specguard.core import Finished, RewardModel, Solver, Task, solve_many
+from specguard.core.config import changed_settings
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.records import Solution, Stats
+from specguard.core.runner import Runner
 
 FILE_NAME = "results.jsonl"
+CONFIG_VERSION = 1  # grows where equal settings come to mean something else
 _BATCHES_A_TURN = 4  # so that methods take turns, and batches are full most of the time
 _MOST_MATCHED = 64
 
@@ -33,12 +36,14 @@ class Run:
     or seeds may be added.
 
     Raises:
-        SpecguardError: the folder holds a run with other settings or is in use.
+        UsageError: a method needs a model that is not there.
+        SpecguardError: an engine cannot do what a method needs, or the folder holds a run with
+            other settings or is in use.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        solver: Solver,
         data: DataSet,
         methods: Sequence[Method],
         seeds: Sequence[int],
@@ -47,16 +52,17 @@ class Run:
         batch_size: int = 1,
         memory_budget: int | None = None,
     ) -> None:
-        self.engine, self.data, self.methods = engine, data, methods
+        self.solver, self.data, self.methods = solver, data, methods
+        self._check_engines()
         settings: dict[str, Any] = {
             "dataset": data.name,
             "backend": backend,
-            "draft": engine.draft.name if engine.draft else None,
-            "target": engine.target.name if engine.target else None,
+            "draft": solver.draft.name if solver.draft else None,
+            "target": solver.target.name if solver.target else None,
         }
         self.batch_size, self.memory_budget = batch_size, memory_budget
         if batch_size > 1:
-            settings["batch_size"] = batch_size  # times are shares of calls then, not waits
+            settings["batch_size"] = batch_size  # a time is since the outcome before it then
         self.journal = Journal(folder / FILE_NAME, settings)
         try:
             self._check_configs()
@@ -69,7 +75,7 @@ class Run:
             for item in data.items
             for seed in seeds
             for method in methods
-            if (seed == seeds[0] or method.is_random(engine.config))
+            if (seed == seeds[0] or method.is_random(solver.config))
             and (method.name, seed, item.id) not in done
         ]
 
@@ -110,6 +116,15 @@ class Run:
         """Let other runs use the folder."""
         self.journal.close()
 
+    def _check_engines(self) -> None:
+        """What cannot be run is found before the first problem."""
+        for method in self.methods:
+            try:
+                self.solver.pair.engines_for(method.config(self.solver.config))
+            except SpecguardError as error:
+                message = f"method {method.name!r} cannot be run: {error.message}"
+                raise type(error)(message, "leave it out, or choose other models") from error
+
     def _check_configs(self) -> None:
         """The same name must mean the same settings."""
         configs = {method.name: self._config_of(method) for method in self.methods}
@@ -126,9 +141,12 @@ class Run:
                     "name another output: the data set has changed",
                 )
 
-    def _config_of(self, method: Method) -> str:
-        sampled = f"{method.num_samples} samples by {method.choice}, matched {method.matched}"
-        return f"{method.config(self.engine.config)!r}, {sampled}"
+    def _config_of(self, method: Method) -> dict[str, Any]:
+        config: dict[str, Any] = {"version": CONFIG_VERSION}
+        if method.has_samples:
+            config |= {"samples": method.num_samples, "choice": method.choice}
+            config |= {"matched": method.matched}
+        return {**config, "settings": changed_settings(method.config(self.solver.config))}
 
     def _solve(self, turn: list["Job"]) -> Iterator[tuple["Job", list[Finished]]]:
         """Each job with its solutions, as soon as all of them are there."""
@@ -141,20 +159,26 @@ class Run:
             for job in turn
             for seed in _seeds(job[1], job[2])
         ]
-        found: dict[str, list[Finished]] = {}
-        for one in solve_many(
-            self.engine,
+        outcomes: dict[str, list[Finished]] = {}
+        finished = solve_many(
+            self.solver,
             [task for _, task in tasks],
             batch_size=self.batch_size,
             memory_budget=self.memory_budget,
-        ):
-            if isinstance(one.error, UsageError):  # it is the run's, not this problem's
-                raise one.error
-            job = tasks[one.index][0]
-            key = f"{job[0].id} {job[2]}"
-            found.setdefault(key, []).append(one)
-            if len(found[key]) == job[1].num_samples:
-                yield job, [_shared(one) for one in sorted(found[key], key=lambda one: one.index)]
+        )
+        with closing(finished):
+            before = time.perf_counter()
+            for outcome in finished:
+                if isinstance(outcome.error, UsageError):  # it is the run's, not this problem's
+                    raise outcome.error
+                job = tasks[outcome.index][0]
+                own = outcomes.setdefault(f"{job[0].id} {job[2]}", [])
+                now = time.perf_counter()
+                own.append(_timed(outcome, now - before))
+                before = now
+                if len(own) == job[1].num_samples:
+                    yield job, sorted(own, key=lambda outcome: outcome.index)
+                    before = time.perf_counter()
 
     def _samples(self, item: Item, method: Method, seed: int) -> Iterator[Finished]:
         """One solution after the other; where a time is matched, until it is best matched."""
@@ -162,7 +186,7 @@ class Run:
         spent = 0.0
         for count, number in enumerate(_seeds(method, seed), 1):
             try:
-                solution = self.engine.solve(item.problem, **{**method.changes, "seed": number})
+                solution = self.solver.solve(item.problem, **{**method.changes, "seed": number})
             except UsageError:
                 raise
             except SpecguardError as error:
@@ -181,8 +205,8 @@ class Run:
     def _row(
         self, item: Item, method: Method, seed: int, outcomes: list[Finished], grader: Grader
     ) -> dict[str, Any]:
-        solutions = [one.solution for one in outcomes if one.solution is not None]
-        errors = [str(one.error) for one in outcomes if one.error is not None]
+        solutions = [outcome.solution for outcome in outcomes if outcome.solution is not None]
+        errors = [str(outcome.error) for outcome in outcomes if outcome.error is not None]
         started = time.perf_counter()
         answer = self._chosen(item, method, solutions) if solutions else None
         spent = time.perf_counter() - started
@@ -210,12 +234,21 @@ class Run:
     def _chosen(self, item: Item, method: Method, solutions: list[Solution]) -> str | None:
         if not method.has_samples or method.choice == "majority":
             return vote([solution.answer for solution in solutions])
-        assert self.engine.reward is not None
-        ranks = []
-        for solution in solutions:
-            with closing(self.engine.reward.start(item.problem)) as judge:
-                ranks.append(prod(judge.rewards([step.text for step in solution.steps])))
+        reward = self.solver.pair.reward
+        assert reward is not None
+        with Runner() as runner:
+            ranks = [
+                prod(runner.run(_rewards(reward, item.problem, solution))) for solution in solutions
+            ]
         return solutions[ranks.index(max(ranks))].answer
+
+
+async def _rewards(reward: RewardModel, problem: str, solution: Solution) -> list[float]:
+    try:
+        texts = [step.text for step in solution.steps]
+        return await reward.rewards(solution.text, problem, texts)
+    finally:
+        reward.release(solution.text)
 
 
 def _seeds(method: Method, seed: int) -> Iterator[int]:
@@ -225,14 +258,18 @@ def _seeds(method: Method, seed: int) -> Iterator[int]:
     return (seed * method.num_samples + number for number in range(method.num_samples))
 
 
-def _shared(one: Finished) -> Finished:
-    """With the solution's share of a batch's time in place of how long it waited."""
-    solution = one.solution
+def _timed(outcome: Finished, seconds: float) -> Finished:
+    """With the time since the outcome before it: together they are the time of the batch.
+
+    Phases keep their shares: a problem's own ones hold what it waited for others.
+    """
+    solution = outcome.solution
     if solution is None:
-        return one
-    seconds = sum(solution.stats.phase_seconds.values())
-    stats = replace(solution.stats, seconds=seconds)
-    return replace(one, solution=replace(solution, stats=stats))
+        return outcome
+    share = seconds / solution.stats.seconds
+    phases = {phase: spent * share for phase, spent in solution.stats.phase_seconds.items()}
+    stats = replace(solution.stats, seconds=seconds, phase_seconds=phases)
+    return replace(outcome, solution=replace(solution, stats=stats))
 
 
 def vote(answers: Sequence[str | None]) -> str | None:

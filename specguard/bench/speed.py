@@ -11,27 +11,29 @@ from statistics import fmean, median
 from typing import Any
 
 from specguard.bench.costs import Costs, Prefill, ideal_seconds, speed_up, speed_up_with_prefill
-from specguard.bench.delegate import Clock, Metered
+from specguard.bench.metered import Clock, Metered
 from specguard.bench.timing import Key, Timings, walk
-from specguard.core import GREEDY, Engine
+from specguard.core import GREEDY, Solver
 from specguard.core.errors import SpecguardError, UsageError
+from specguard.core.runner import Runner
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One problem solved: wall seconds, of which reading the prompt and in other verbs, counts.
+    """One problem solved: wall seconds, those of them in the engines, counts.
 
-    ``num_longest`` is the mean length of a step's longest candidate.
+    ``num_longest`` is the mean length of a step's longest candidate; ``prefill`` what reading the
+    prompt takes the models that were used.
     """
 
     seconds: float
-    prefill: float
     in_models: float
     num_tokens: int
     num_steps: int
     num_rejected: int
     num_rewritten_tokens: int
     num_longest: float
+    prefill: float = 0.0
 
     @property
     def token_seconds(self) -> float:
@@ -94,20 +96,20 @@ class SpeedRun:
     """
 
     def __init__(
-        self, engine: Engine, counts: Sequence[int], clock: Clock = time.perf_counter
+        self, solver: Solver, counts: Sequence[int], clock: Clock = time.perf_counter
     ) -> None:
-        if engine.draft is None or engine.target is None:
+        if solver.draft is None or solver.target is None:
             raise UsageError("a draft and a target are needed")
-        if engine.config.verifier.model != "target":
+        if solver.config.verifier.model != "target":
             raise UsageError(
                 "the cost model is of a target that verifies, and here the draft does",
                 "choose a profile or a pair whose target verifies",
             )
         self._clock = clock
-        self.draft, self.target = Metered(engine.draft, clock), Metered(engine.target, clock)
+        self.draft, self.target = Metered(solver.draft, clock), Metered(solver.target, clock)
         # Every step is drafted: switching that off would hide what it costs.
-        config = replace(engine.config, draft_cost=None)
-        self.engine = Engine(self.draft, self.target, config)
+        config = replace(solver.config, draft_cost=None)
+        self.solver = Solver(self.draft, self.target, config)
         self.configs = {
             count: replace(config, method="specguard", num_candidates=count) for count in counts
         }
@@ -126,10 +128,12 @@ class SpeedRun:
         """Measure one problem."""
         alone = self._solve(problem, {"method": "target", "sampling": GREEDY})
         timings = self._walk(problem, alone.num_steps)
+        prefill = {role: _prefill(timings, role) for role in ("draft", "target")}
         for count in self.configs:
             changes = {"method": "specguard", "num_candidates": count}
-            self._solved[count].append(self._solve(problem, changes))
-        self._alone.append(alone)
+            solved = self._solve(problem, changes)
+            self._solved[count].append(replace(solved, prefill=sum(prefill.values())))
+        self._alone.append(replace(alone, prefill=prefill["target"]))
         self._timings.append(timings)
 
     def report(self, acceptances: Sequence[float]) -> Speed:
@@ -140,7 +144,7 @@ class SpeedRun:
         """
         if not self._timings:
             raise SpecguardError("nothing was measured")
-        keys = [key for key in self._timings[0] if key[1] not in ("verify", "commit")]
+        keys = [key for key in self._timings[0] if key[1] != "verify"]
         decode: Key = ("target", "decode", 1)
         return Speed(
             rates=tuple(
@@ -175,7 +179,7 @@ class SpeedRun:
         )
         prefill = Prefill(
             *(
-                median(found.seconds((role, "prefill", 1)) for found in self._timings)
+                median(_prefill(found, role) for found in self._timings)
                 for role in ("draft", "target")
             )
         )
@@ -194,7 +198,8 @@ class SpeedRun:
                 one.token_seconds / ideal for one, ideal in zip(solved, ideals, strict=True)
             ),
             outside=median(
-                1 - one.in_models / (one.token_seconds * one.num_tokens) for one in solved
+                1 - (one.in_models - one.prefill) / (one.token_seconds * one.num_tokens)
+                for one in solved
             ),
             predicted={
                 name: (
@@ -217,14 +222,11 @@ class SpeedRun:
         self.draft.reset()
         self.target.reset()
         started = self._clock()
-        solution = self.engine.solve(problem, **changes)
+        solution = self.solver.solve(problem, **changes)
         seconds = self._clock() - started
-        spent = [self.draft.seconds, self.target.seconds]
-        prefill = sum(found.get("start", 0.0) for found in spent)
         return Measured(
             seconds=seconds,
-            prefill=prefill,
-            in_models=sum(sum(found.values()) for found in spent) - prefill,
+            in_models=sum(sum(engine.seconds.values()) for engine in (self.draft, self.target)),
             num_tokens=solution.stats.num_tokens,
             num_steps=solution.stats.num_steps,
             num_rejected=solution.stats.num_steps - solution.stats.num_accepted_steps,
@@ -233,20 +235,26 @@ class SpeedRun:
         )
 
     def _walk(self, problem: str, num_steps: int) -> Timings:
-        return walk(
-            self.draft.model, self.target.model, problem, self.configs, num_steps, self._clock
-        )
+        engines = self.draft.engine, self.target.engine
+        with Runner() as runner:
+            return runner.run(walk(*engines, problem, self.configs, num_steps, self._clock))
+
+
+def _prefill(timings: Timings, role: str) -> float:
+    """Reading the prompt, without the token that was drawn with it."""
+    decode = timings.seconds((role, "decode", 1))
+    return max(0.0, timings.seconds((role, "prefill", 1)) - decode)
 
 
 def _costs(found: Timings, count: int, one: Measured) -> Costs:
     num_tokens = one.num_tokens / one.num_steps
+    # A rewritten step is read in the pass that draws the next token.
+    read = found.seconds(("draft", "read", 1))
     return Costs(
         draft_token=found.seconds(("draft", "decode", count)),
         target_token=found.seconds(("target", "decode", 1)),
         verify=found.seconds(("target", "verify", count)),
-        commit=found.seconds(("draft", "commit", count))
-        + found.seconds(("target", "commit", count)),
-        catch_up=found.seconds(("draft", "extend", 1)),
+        catch_up=max(0.0, read - found.seconds(("draft", "decode", 1))),
         num_tokens=num_tokens,
         num_longest=one.num_longest,
         num_rewritten=(

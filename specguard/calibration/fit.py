@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, roc_auc_score
-from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.model_selection import StratifiedGroupKFold
 
 from specguard.core.config import SIGNALS, VerifierConfig, ensemble_weights
 from specguard.core.errors import SpecguardError
@@ -18,6 +18,7 @@ from specguard.core.verifier import normalise
 
 Kind = Literal["beta", "logistic"]
 Array = NDArray[np.floating[Any]]
+Signals = dict[str, Array]  # values [n] by name
 
 MIN_OF_EACH = 10  # right and wrong steps without which nothing is fitted
 _LOWER_IS_BETTER = ("entropy_mean", "entropy_max", "sink_mass")
@@ -26,10 +27,11 @@ _NUM_FOLDS = 5
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A fitted verifier and what it does to the steps that it was fitted on.
+    """A verifier fitted to all steps, and how such a fit does on steps that it has not seen.
 
-    ``auc`` and ``brier`` are cross-validated over problems; ``probabilities`` [n], that a step is
-    right, likewise. ``right_accepted`` and ``wrong_accepted`` are shares at the threshold.
+    Everything else is cross-validated over problems, with bounds, weights and threshold fitted anew
+    in each fold: ``probabilities`` [n] that a step is right, their ``auc`` and ``brier`` score, and
+    the shares ``right_accepted`` and ``wrong_accepted``.
     """
 
     verifier: VerifierConfig
@@ -59,7 +61,7 @@ def fit(
         accept_wrong: largest share of the wrong steps that may pass.
 
     Raises:
-        SpecguardError: fewer than `MIN_OF_EACH` right or wrong steps.
+        SpecguardError: fewer than `MIN_OF_EACH` right or wrong steps, or all of one problem.
     """
     labels = np.array([bool(row["is_right"]) for row in rows])
     num_right = int(labels.sum())
@@ -69,33 +71,11 @@ def fit(
             f"{MIN_OF_EACH} of each are needed: give more problems, harder or easier ones",
         )
     names = [name for name in SIGNALS if all(name in row["signals"] for row in rows)]
-    bounds = {}
-    for name in names:
-        low, high = np.quantile([row["signals"][name] for row in rows], [0.05, 0.95])
-        if high > low:
-            ends = (high, low) if name in _LOWER_IS_BETTER else (low, high)
-            bounds[name] = (float(ends[0]), float(ends[1]))
-    verifier = replace(base, bounds=bounds)
-    scores = {
-        name: np.array([normalise(name, row["signals"][name], verifier) for row in rows])
-        for name in bounds
-    }
+    signals = {name: np.array([row["signals"][name] for row in rows]) for name in names}
     groups = np.array([row["problem"] for row in rows])
-    weights = _best_beta(scores, labels) if kind == "beta" else _logistic(scores, labels)
-    ensemble = np.round(sum(weight * scores[name] for name, weight in weights.items()), 12)
-    threshold = _threshold(np.asarray(ensemble), labels, accept_wrong)
-    verifier = replace(verifier, weights=weights, threshold=threshold)
-    verifier = replace(verifier, bounds={name: bounds[name] for name in bounds})
-    inputs = np.asarray(ensemble)[:, None]
-    if kind == "logistic":
-        inputs = np.stack([scores[name] for name in weights], axis=1)
-    folds = GroupKFold(min(_NUM_FOLDS, len(set(groups.tolist()))))
-    probabilities = cross_val_predict(
-        LogisticRegression(), inputs, labels, groups=groups, cv=folds, method="predict_proba"
-    )[:, 1]
-    passes = np.asarray(ensemble) >= threshold
+    probabilities, passes = _cross_validated(signals, labels, groups, base, kind, accept_wrong)
     return Fit(
-        verifier=verifier,
+        verifier=_fitted(signals, labels, base, kind, accept_wrong),
         num_steps=len(labels),
         num_right=num_right,
         auc=float(roc_auc_score(labels, probabilities)),
@@ -105,6 +85,79 @@ def fit(
         probabilities=probabilities,
         labels=labels,
     )
+
+
+def _cross_validated(
+    signals: Signals,
+    labels: NDArray[np.bool_],
+    groups: NDArray[Any],
+    base: VerifierConfig,
+    kind: Kind,
+    accept_wrong: float,
+) -> tuple[Array, NDArray[np.bool_]]:
+    """Of each step, by a fit to other problems: how probably it is right, and whether it passes."""
+    num_problems = len(set(groups.tolist()))
+    if num_problems < 2:
+        raise SpecguardError("all steps are of one problem", "give more problems")
+    # Shuffled, so that no fold is all of the easy problems that come first.
+    folds = StratifiedGroupKFold(min(_NUM_FOLDS, num_problems), shuffle=True, random_state=0)
+    probabilities = np.full(len(labels), labels.mean())
+    passes = np.zeros(len(labels), dtype=np.bool_)
+    for known, unseen in folds.split(labels, labels, groups):
+        if len(set(labels[known].tolist())) < 2:  # nothing can be told apart by these
+            continue
+        verifier = _fitted(_rows(signals, known), labels[known], base, kind, accept_wrong)
+        inputs, others = (_inputs(_rows(signals, part), verifier, kind) for part in (known, unseen))
+        model = LogisticRegression().fit(inputs, labels[known])
+        probabilities[unseen] = model.predict_proba(others)[:, 1]
+        passes[unseen] = _ensemble(_rows(signals, unseen), verifier) >= verifier.threshold
+    return probabilities, passes
+
+
+def _fitted(
+    signals: Signals,
+    labels: NDArray[np.bool_],
+    base: VerifierConfig,
+    kind: Kind,
+    accept_wrong: float,
+) -> VerifierConfig:
+    bounds = {}
+    for name, values in signals.items():
+        low, high = np.quantile(values, [0.05, 0.95])
+        if high > low:
+            ends = (high, low) if name in _LOWER_IS_BETTER else (low, high)
+            bounds[name] = (float(ends[0]), float(ends[1]))
+    verifier = replace(base, bounds=bounds)
+    scores = _scores({name: signals[name] for name in bounds}, verifier)
+    weights = _best_beta(scores, labels) if kind == "beta" else _logistic(scores, labels)
+    verifier = replace(verifier, weights=weights)
+    threshold = _threshold(_ensemble(signals, verifier), labels, accept_wrong)
+    return replace(verifier, threshold=threshold)
+
+
+def _rows(signals: Signals, rows: NDArray[np.integer]) -> Signals:
+    return {name: values[rows] for name, values in signals.items()}
+
+
+def _scores(signals: Signals, verifier: VerifierConfig) -> Signals:
+    return {
+        name: np.array([normalise(name, value, verifier) for value in values])
+        for name, values in signals.items()
+    }
+
+
+def _ensemble(signals: Signals, verifier: VerifierConfig) -> Array:
+    scores = _scores({name: signals[name] for name in verifier.weights}, verifier)
+    total = sum(weight * scores[name] for name, weight in verifier.weights.items())
+    return np.asarray(np.round(total, 12))
+
+
+def _inputs(signals: Signals, verifier: VerifierConfig, kind: Kind) -> Array:
+    """What a probability is worked out from: the ensemble score, or the score of each signal."""
+    if kind == "beta":
+        return _ensemble(signals, verifier)[:, None]
+    scores = _scores({name: signals[name] for name in verifier.weights}, verifier)
+    return np.stack(list(scores.values()), axis=1)
 
 
 def _best_beta(scores: dict[str, Array], labels: NDArray[np.bool_]) -> dict[str, float]:

@@ -4,75 +4,91 @@ Knows no step checker: a step after a right prefix is right where the target, go
 still reaches the known answer (as Math-Shepherd labels steps, Wang et al. 2024).
 """
 
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from specguard.bench.datasets import Item
 from specguard.bench.grading import Grader
-from specguard.core import GREEDY, Engine
+from specguard.core import GREEDY, Solver
+from specguard.core.context import ProblemContext
 from specguard.core.randomness import problem_key
-from specguard.core.requests import done
+from specguard.core.runner import Runner
 from specguard.core.selector import select_medoid
 from specguard.core.text import final_answer
 from specguard.core.verifier import verify
-from specguard.core.writing import Writer
 
 
-def label_steps(engine: Engine, item: Item, grader: Grader) -> Iterator[dict[str, Any]]:
+def label_steps(solver: Solver, item: Item, grader: Grader) -> list[dict[str, Any]]:
     """The draft's selected step after every step of the target's own solution but the last.
 
     Nothing comes of a problem that the target does not solve: what is right there is not known.
     """
-    solution = engine.solve(item.problem, method="target", sampling=GREEDY)
+    solution = solver.solve(item.problem, method="target", sampling=GREEDY)
     if not grader.grade(solution.answer, item.answer).is_right:
-        return
+        return []
+    assert solver.target is not None
+    encode = solver.target.tokenizer.encode
+    rows = []
     prefix: list[int] = []
-    assert engine.target is not None
-    encode = engine.target.tokenizer.encode
-    for index, step in enumerate(solution.steps):
-        with closing(_writer(engine, item.problem)) as writer:
-            writer.append(tuple(prefix))
-            writer.step = index
-            text, signals = _judge(engine, writer)
-        is_right = text == step.text or _reaches(engine, item, grader, prefix + encode(text))
-        yield {"step": index, "text": text, "is_right": is_right, "signals": signals}
-        prefix += encode(step.text)
+    with Runner() as runner:
+        for index, step in enumerate(solution.steps):
+            text, signals = runner.run(_judged_step(solver, item.problem, prefix, index))
+            is_right = text == step.text
+            if not is_right:
+                start = prefix + encode(text)
+                answer = runner.run(_answer_from(solver, item.problem, start))
+                is_right = grader.grade(answer, item.answer).is_right
+            rows.append({"step": index, "text": text, "is_right": is_right, "signals": signals})
+            prefix += encode(step.text)
+    return rows
 
 
-def _writer(engine: Engine, problem: str) -> Writer:
-    assert engine.draft is not None
-    assert engine.target is not None
-    config = replace(engine.config, detail=True)  # attention is read whatever is weighed now
-    prompt = engine.target.tokenizer.encode_prompt(problem, config.system_prompt, config.thinking)
-    models: Any = {"draft": engine.draft, "target": engine.target}
-    return Writer(models, prompt, problem_key(problem), config)
+def _context(solver: Solver, problem: str, start: list[int]) -> ProblemContext:
+    config = replace(solver.config, detail=True)  # attention is read whatever is weighed now
+    engines = solver.pair.engines_for(config)
+    prompt = engines["target"].tokenizer.encode_prompt(
+        problem, config.system_prompt, config.thinking
+    )
+    context = ProblemContext(engines, prompt, problem_key(problem), config)
+    context.append(start)
+    return context
 
 
-def _judge(engine: Engine, writer: Writer) -> tuple[str, dict[str, float]]:
-    config = engine.config
-    candidates = done(writer.propose("draft", config.num_candidates, config.step_sampling))
-    selection = select_medoid(candidates, engine.embedder(config))
-    selected = candidates[selection.index]
-    verifier = config.verifier
-    capture = writer.capture(verifier)
-    observation = done(writer.read(verifier.model, selected.token_ids, capture))
-    consistency = selection.similarities[selection.index]
-    return selected.text, dict(verify(observation, capture, consistency, verifier).signals)
+async def _judged_step(
+    solver: Solver, problem: str, prefix: list[int], index: int
+) -> tuple[str, Mapping[str, float]]:
+    """The draft's selected step behind a prefix, and the verifier's signals of it."""
+    config = solver.config
+    context = _context(solver, problem, prefix)
+    context.step = index
+    try:
+        embeddings = solver.pair.embedder_for(config) == "draft"
+        candidates = await context.generate(
+            "draft", config.step_sampling, config.num_candidates, embeddings=embeddings
+        )
+        selection = select_medoid(candidates, solver.embedder(config))
+        selected = candidates[selection.index]
+        capture = context.capture(config.verifier)
+        [seen] = await context.score(config.verifier.model, [selected.token_ids], capture)
+        consistency = selection.similarities[selection.index]
+        return selected.text, dict(verify(seen, capture, consistency, config.verifier).signals)
+    finally:
+        context.release()
 
 
-def _reaches(engine: Engine, item: Item, grader: Grader, start: list[int]) -> bool:
-    """Whether the target reaches the known answer from these tokens on."""
-    with closing(_writer(engine, item.problem)) as writer:
-        writer.append(tuple(start))
-        text = writer.tokenizer.decode(start)
-        while final_answer(text) is None and writer.room > 0:
-            [step] = done(writer.propose("target", 1, GREEDY))
-            writer.commit("target", step)
-            writer.append(step.token_ids)
-            writer.step += 1
-            text = writer.tokenizer.decode(writer.token_ids[len(writer.prompt.token_ids) :])
-            if step.finish == "eos" or writer.step >= engine.config.max_steps:
+async def _answer_from(solver: Solver, problem: str, start: list[int]) -> str | None:
+    """The answer that the target reaches from these tokens on."""
+    context = _context(solver, problem, start)
+    text = context.tokenizer.decode(start)
+    try:
+        while final_answer(text) is None and context.room > 0:
+            [step] = await context.generate("target", GREEDY)
+            context.append(step.token_ids)
+            context.step += 1
+            text = context.tokenizer.decode(context.token_ids[len(context.prompt.token_ids) :])
+            if step.finish == "eos" or context.step >= solver.config.max_steps:
                 break
-    return grader.grade(final_answer(text), item.answer).is_right
+    finally:
+        context.release()
+    return final_answer(text)

@@ -1,63 +1,66 @@
-"""Step-level speculative decoding against an abstract model: loop, selector, verifier, records."""
+"""Step-level speculative decoding against an abstract engine: loop, selector, verifier, records."""
 
 from specguard.core.config import SolveConfig, VerifierConfig, ensemble_weights
-from specguard.core.drafting import WholeDrafting
-from specguard.core.engine import Engine
-from specguard.core.errors import SpecguardError, UsageError
-from specguard.core.fallback import DraftCost
-from specguard.core.loop import solve_steps
-from specguard.core.model import (
+from specguard.core.engine import (
+    ALL_FEATURES,
     GREEDY,
-    Acceptance,
     AttentionBlock,
     Boundary,
     Candidate,
     Capture,
-    Drafting,
-    LanguageModel,
+    Engine,
+    Feature,
+    GenerateJob,
     Observation,
     Prompt,
     Sampling,
+    ScoreJob,
     Tokenizer,
-    TokenSequence,
 )
+from specguard.core.errors import SpecguardError, UsageError
+from specguard.core.fallback import DraftCost
+from specguard.core.loop import Solving
+from specguard.core.many import Finished, Task, solve_many, solve_many_async
+from specguard.core.pairing import Pair
 from specguard.core.records import Solution, Stats, StepRecord
-from specguard.core.reward import RewardModel, RewardSequence
-from specguard.core.schedule import Finished, Task, solve_many
+from specguard.core.reward import RewardModel
+from specguard.core.solver import Solver, StepStream
 from specguard.core.text import PieceTable, StepScanner, final_answer
 
 __all__ = [
+    "ALL_FEATURES",
     "GREEDY",
-    "Acceptance",
     "AttentionBlock",
     "Boundary",
     "Candidate",
     "Capture",
     "DraftCost",
-    "Drafting",
     "Engine",
+    "Feature",
     "Finished",
-    "LanguageModel",
+    "GenerateJob",
     "Observation",
+    "Pair",
     "PieceTable",
     "Prompt",
     "RewardModel",
-    "RewardSequence",
     "Sampling",
+    "ScoreJob",
     "Solution",
     "SolveConfig",
+    "Solver",
+    "Solving",
     "SpecguardError",
     "Stats",
     "StepRecord",
     "StepScanner",
+    "StepStream",
     "Task",
-    "TokenSequence",
     "Tokenizer",
     "UsageError",
     "VerifierConfig",
-    "WholeDrafting",
     "ensemble_weights",
     "final_answer",
     "solve_many",
-    "solve_steps",
+    "solve_many_async",
 ]

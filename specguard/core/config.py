@@ -1,16 +1,15 @@
 """Settings of a solution, as frozen dataclasses that refuse values that can never work."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from specguard.core.engine import GREEDY, Sampling
 from specguard.core.errors import UsageError
 from specguard.core.fallback import DraftCost
-from specguard.core.model import GREEDY, Sampling
 
 Method = Literal["specguard", "rsd", "target", "draft", "sd"]
-Rewrite = Literal["decode", "speculate"]
 Author = Literal["draft", "target"]
 Sources = Literal["problem", "context"]
 
@@ -35,6 +34,7 @@ EMBEDDERS = ("draft", "ngram", "numbers")
 TARGET_SELECTOR = "target"
 SENTENCE_TRANSFORMERS = "sentence-transformers:"
 ATTENTION_SIGNALS = frozenset({"grounding", "grounding_mean", "sink_mass"})
+ENTROPY_SIGNALS = frozenset({"entropy_mean", "entropy_max"})
 
 
 def ensemble_weights(beta: float) -> dict[str, float]:
@@ -121,6 +121,11 @@ class VerifierConfig:
         return any(self.weights.get(name, 0) > 0 for name in ATTENTION_SIGNALS)
 
     @property
+    def needs_entropy(self) -> bool:
+        """Whether a weighed signal comes from whole distributions."""
+        return any(self.weights.get(name, 0) > 0 for name in ENTROPY_SIGNALS)
+
+    @property
     def needs_model(self) -> bool:
         """Whether a weighed signal comes from the verifying model at all."""
         return any(name != "consistency" for name in self.weights)
@@ -136,16 +141,15 @@ class SolveConfig:
     """Everything that decides a solution, besides the models and the problem.
 
     ``method`` "target" or "draft" is plain decoding by that model, "sd" token-level speculative
-    sampling of the target in blocks of ``num_speculated`` tokens; ``rewrite`` "speculate" writes a
-    rejected step that way. "rsd" is reward-guided speculative decoding (Liao et al. 2025): a
-    process reward model judges the draft's steps, which pass from ``reward_threshold`` on; one
-    candidate a step is usual there. ``num_first_candidates`` are drawn first and the others only
-    where these disagree. ``draft_cost`` lets the target go on alone while drafting does not pay;
-    None drafts always. ``sampling`` is how steps are proposed (plain decoding: written); None
-    means temperature 0.7 and top-p 0.8 for several candidates, greedy for one and for plain
-    decoding. ``selector`` names an embedder, whose medoid is kept, or is "target": it reads all
-    candidates in one pass and the best ensemble score is kept. ``detail`` keeps every
-    candidate and the token arrays in the step records.
+    sampling of the target in blocks of ``num_speculated`` tokens. "rsd" is reward-guided
+    speculative decoding (Liao et al. 2025): a process reward model judges the draft's steps, which
+    pass from ``reward_threshold`` on; one candidate a step is usual there. ``num_first_candidates``
+    are drawn first and the others only where these disagree. ``draft_cost`` lets the target go on
+    alone while drafting does not pay; None drafts always. ``sampling`` is how steps are proposed
+    (plain decoding: written); None means temperature 0.7 and top-p 0.8 for several candidates,
+    greedy for one and for plain decoding. ``selector`` names an embedder, whose medoid is kept, or
+    is "target": it reads all candidates in one pass and the best ensemble score is kept. ``detail``
+    keeps every candidate and the token arrays in the step records.
 
     Raises:
         UsageError: a count below 1, a negative seed, an unknown name, the target as selector where
@@ -157,7 +161,6 @@ class SolveConfig:
     num_first_candidates: int | None = None
     sampling: Sampling | None = None
     rewrite_sampling: Sampling = GREEDY
-    rewrite: Rewrite = "decode"
     num_speculated: int = 4
     reward_threshold: float = 0.7
     draft_cost: DraftCost | None = None
@@ -176,8 +179,6 @@ class SolveConfig:
         if self.method not in get_args(Method):
             known = ", ".join(get_args(Method))
             raise UsageError(f"no method is called {self.method!r}", f"methods: {known}")
-        if self.rewrite not in ("decode", "speculate"):
-            raise UsageError(f"rewrite must be decode or speculate, not {self.rewrite!r}")
         for name in (
             "num_candidates",
             "num_speculated",
@@ -226,11 +227,6 @@ class SolveConfig:
         return self.method in ("specguard", "rsd")
 
     @property
-    def embedder(self) -> str:
-        """What measures consistency: the selector's embedder, or the one that costs nothing."""
-        return "draft" if self.selector == TARGET_SELECTOR else self.selector
-
-    @property
     def step_sampling(self) -> Sampling:
         """How steps are proposed, or written in plain decoding."""
         if self.sampling is not None:
@@ -238,3 +234,32 @@ class SolveConfig:
         # Sampling is what makes several candidates differ; a single one is to be the likeliest.
         is_several = self.is_stepwise and self.num_candidates > 1
         return Sampling() if is_several else GREEDY
+
+
+def changed_settings(config: SolveConfig) -> dict[str, Any]:
+    """The fields that differ from `SolveConfig`'s own, as plain values for JSON.
+
+    By these, runs of the same settings are known again: a field that is new does not appear until
+    somebody sets it.
+    """
+    plain = SolveConfig()
+    changes = {
+        name: getattr(config, name)
+        for name in SolveConfig.__dataclass_fields__
+        if getattr(config, name) != getattr(plain, name)
+    }
+    if "verifier" in changes:
+        changes["verifier"] = {
+            name: getattr(config.verifier, name)
+            for name in VerifierConfig.__dataclass_fields__
+            if getattr(config.verifier, name) != getattr(plain.verifier, name)
+        }
+    return {name: _plain(value) for name, value in sorted(changes.items())}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in sorted(value.items())}
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

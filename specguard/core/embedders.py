@@ -13,8 +13,8 @@ from itertools import pairwise
 import numpy as np
 
 from specguard.core.config import SENTENCE_TRANSFORMERS
+from specguard.core.engine import Candidate, FloatArray
 from specguard.core.errors import SpecguardError
-from specguard.core.model import Candidate, FloatArray
 from specguard.core.selector import Embedder
 
 _WORD = re.compile(r"\d+(?:\.\d+)?|\w+|[^\w\s]")
@@ -39,7 +39,9 @@ def load_embedder(name: str) -> Embedder:
 
 def embed_by_draft(candidates: Sequence[Candidate]) -> FloatArray:
     """The draft's own mean hidden states [k, hidden]: no extra model, no extra pass."""
-    return np.stack([candidate.embedding for candidate in candidates])
+    embeddings = [candidate.embedding for candidate in candidates]
+    assert all(embedding is not None for embedding in embeddings), "the job did not ask for them"
+    return np.stack([embedding for embedding in embeddings if embedding is not None])
 
 
 def embed_by_ngrams(candidates: Sequence[Candidate]) -> FloatArray:

@@ -1,6 +1,6 @@
 """Attention-based grounding: what counts as ground, and rollout over a step's attention blocks.
 
-Knows nothing of models: a block is what `LanguageModel.extend` hands over for one layer.
+Knows nothing of models: a block is what `Engine.score` hands over for one layer.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from specguard.core.config import Sources
-from specguard.core.model import AttentionBlock, BoolArray, FloatArray, Prompt
+from specguard.core.engine import AttentionBlock, BoolArray, FloatArray, Prompt
 
 
 def grounding(

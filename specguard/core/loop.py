@@ -1,328 +1,247 @@
 """The step loop: propose, select, verify, then accept or rewrite; one record per step.
 
-Knows the seam (`specguard.core.model`) and nothing of the models behind it, nor of other problems:
-what it wants of a model it yields as a request. Plain decoding by the target or the draft alone
-runs through the same loop and statistics.
+Knows the seam (`specguard.core.engine`) and nothing of the engines behind it, nor of other
+problems. Plain decoding by the target or the draft alone runs through the same loop and statistics.
 """
 
-from collections.abc import Generator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
-from typing import Any
+from functools import partial
+
+import numpy as np
 
 from specguard.core.config import TARGET_SELECTOR, Author, SolveConfig
+from specguard.core.context import ProblemContext
+from specguard.core.engine import Candidate, Capture, FloatArray, Observation, Sampling
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.fallback import Fallback
-from specguard.core.ledger import Drafted, Ledger
-from specguard.core.model import Capture, LanguageModel, Observation, Sampling
+from specguard.core.pairing import Pair
 from specguard.core.randomness import problem_key
+from specguard.core.recorder import Recorder
 from specguard.core.records import Decision, Solution, StepRecord
-from specguard.core.requests import Request, Work, perform
-from specguard.core.reward import RewardModel, RewardSequence
-from specguard.core.selector import Embedder, Selection, best_verdict, distinct, select_medoid
-from specguard.core.shortcuts import uses
-from specguard.core.verifier import Verdict, by_reward, verify
-from specguard.core.writing import Writer, Written
+from specguard.core.reference import is_reference
+from specguard.core.selector import Embedder, best_verdict, distinct, select_medoid
+from specguard.core.speculation import write_by_guesses
+from specguard.core.step import StepState, WrittenStep
+from specguard.core.verifier import by_reward, verify
 
 
-def solve_steps(
-    problem: str,
-    draft: LanguageModel[Any] | None,
-    target: LanguageModel[Any] | None,
-    embed: Embedder,
-    config: SolveConfig,
-    reward: RewardModel | None = None,
-) -> Generator[StepRecord, None, Solution]:
-    """Yield the steps of a solution as they are decided and return the solution.
-
-    A method needs its own models only. Closing the generator closes every sequence.
+class Solving:
+    """One problem on its way to a solution.
 
     Raises:
-        UsageError: a blank problem, or a model that the method needs is missing.
-        SpecguardError: the problem does not fit the context window, or attention is weighed and
-            the verifying model cannot be captured.
+        UsageError: a blank problem.
+        SpecguardError: the pair lacks what the settings need, or the problem does not fit the
+            context window.
     """
-    solving = solve_by_requests(problem, draft, target, embed, config, reward)
-    try:
-        result = None
-        while True:
-            event = solving.send(result)
-            if isinstance(event, StepRecord):
-                yield event
-                result = None
-            else:
-                [result] = perform([event])
-    except StopIteration as stop:
-        solution: Solution = stop.value
-        return solution
-    finally:
-        solving.close()
 
-
-def solve_by_requests(
-    problem: str,
-    draft: LanguageModel[Any] | None,
-    target: LanguageModel[Any] | None,
-    embed: Embedder,
-    config: SolveConfig,
-    reward: RewardModel | None = None,
-) -> Generator[Request | StepRecord, Any, Solution]:
-    """`solve_steps`, but for the calls of the models: who sends their results may share them."""
-    run = _Run(problem, draft, target, embed, config, reward)
-    try:
-        while run.ledger.finish_reason is None:
-            if run.is_alone:
-                yield (yield from run.write_alone())
-                continue
-            yield from run.propose()
-            yield from run.select()
-            yield from run.verify()
-            if run.is_accepted:
-                yield run.accept()
-            else:
-                yield (yield from run.rewrite())
-        return run.ledger.solution()
-    finally:
-        run.close()
-
-
-class _Run:
-    """One problem's state: what is written, the step in hand, the books."""
-
-    def __init__(
-        self,
-        problem: str,
-        draft: LanguageModel[Any] | None,
-        target: LanguageModel[Any] | None,
-        embed: Embedder,
-        config: SolveConfig,
-        reward: RewardModel | None,
-    ) -> None:
-        self.config = config
-        self.embed = embed
-        models = _models_in_use(draft, target, config)
+    def __init__(self, problem: str, pair: Pair, embed: Embedder, config: SolveConfig) -> None:
+        engines = pair.engines_for(config)
         if not problem.strip():
             raise UsageError("the problem is empty", "give it as an argument, with --file or on -")
-        lead = models.get("target") or models["draft"]
+        lead = engines.get("target") or engines["draft"]
         prompt = lead.tokenizer.encode_prompt(problem, config.system_prompt, config.thinking)
-        self.writer = Writer(models, prompt, problem_key(problem), config)
-        if len(prompt.token_ids) >= self.writer.context_limit:
+        self.problem, self.config = problem, config
+        self.context = ProblemContext(engines, prompt, problem_key(problem), config)
+        if len(prompt.token_ids) >= self.context.context_limit:
             raise SpecguardError(
                 f"the problem takes {len(prompt.token_ids)} tokens and the context window "
-                f"holds {self.writer.context_limit}",
+                f"holds {self.context.context_limit}",
                 "shorten the problem or choose a pair with a longer context",
             )
-        self.ledger = Ledger(problem, self.writer, config)
+        self.recorder = Recorder(problem, self.context)
         self.fallback = Fallback(config.draft_cost)
-        self.judge = _judge(problem, reward, config)
-        self.drafted = Drafted([])
+        self._embed = embed
+        self._needs_embeddings = pair.embedder_for(config) == "draft"
+        self._reward = pair.reward if config.method == "rsd" else None
+
+    async def steps(self) -> AsyncGenerator[StepRecord]:
+        """The steps, each as it is decided; closing frees what the engines hold of the problem."""
+        try:
+            while self.recorder.finish_reason is None:
+                if self.is_alone:
+                    yield await self.write_alone()
+                    continue
+                step = await self.propose()
+                await self.select(step)
+                await self.verify(step)
+                yield self.accept(step) if step.is_accepted else await self.rewrite(step)
+        finally:
+            self.context.release()
+            if self._reward is not None:
+                self._reward.release(self)
+
+    def solution(self) -> Solution:
+        """The solution, once all steps are there."""
+        return self.recorder.solution()
 
     @property
     def is_alone(self) -> bool:
         """Whether one model writes the next step and nothing judges it."""
         return not self.config.is_stepwise or self.fallback.is_on
 
-    @property
-    def is_accepted(self) -> bool:
-        """Whether the selected candidate passed."""
-        assert self.drafted.verdict is not None
-        return self.drafted.verdict.is_accepted
-
-    # The phases of a step, in the order of the loop.
-
-    def propose(self) -> Work[None]:
+    async def propose(self) -> StepState:
         """The draft's candidates for the next step: a few first, if so wished, then the others."""
         config = self.config
-        k, sampling = config.num_candidates, config.step_sampling
-        first = config.num_first_candidates or k
-        few = self.writer.propose("draft", first, sampling)
-        candidates = yield from self.ledger.timed("propose", few)
-        num_spared = k - first
-        if num_spared and len(distinct(candidates)) > 1:
-            more = self.writer.propose_more(candidates, k, sampling)
-            candidates = yield from self.ledger.timed("propose", more)
-            num_spared = 0
-        self.drafted = Drafted(candidates, num_spared)
-
-    def select(self) -> Work[None]:
-        """The most consistent candidate, or the one that the target scores highest."""
-        candidates = self.drafted.candidates
-        with self.ledger.phase("select"):
-            selection = self.drafted.selection = select_medoid(candidates, self.embed)
-            alternatives = distinct(candidates)
-        asks_target = self.config.selector == TARGET_SELECTOR and self.config.method == "specguard"
-        if asks_target and len(alternatives) > 1:
-            yield from self.ledger.timed("verify", self._score(alternatives, selection))
-
-    def _score(self, alternatives: list[int], selection: Selection) -> Work[None]:
-        drafted, verifier = self.drafted, self.config.verifier
-        capture = self.writer.capture(verifier)
-        candidates = [drafted.candidates[index] for index in alternatives]
-        observations = yield from self.writer.score(candidates, capture)
-        for index, observation in zip(alternatives, observations, strict=True):
-            drafted.scored[index] = verify(
-                observation, capture, selection.similarities[index], verifier
-            )
-        drafted.seen = list(zip(candidates, observations, strict=True))
-        best = best_verdict(drafted.scored)
-        drafted.observation = observations[alternatives.index(best)]
-        drafted.selection = replace(selection, index=best)
-
-    def verify(self) -> Work[None]:
-        """Judge the selected candidate; a verifying pass is also its KV in that model."""
-        drafted = self.drafted
-        assert drafted.selection is not None
-        drafted.verdict = drafted.scored.get(drafted.selection.index)
-        if drafted.verdict is None:
-            drafted.verdict = yield from self.ledger.timed("verify", self._verify())
-
-    def _verify(self) -> Work[Verdict]:
-        drafted, verifier = self.drafted, self.config.verifier
-        selected = drafted.selected
-        if self.judge is not None:
-            texts = [step.text for step in self.ledger.steps]
-            rewards = self.judge.rewards([*texts, selected.text])
-            return by_reward(rewards[-1], self.config.reward_threshold)
-        capture: Capture | None = None
-        if verifier.needs_attention or (verifier.needs_model and verifier.model == "target"):
-            capture = self.writer.capture(verifier)
-            read = self.writer.read(verifier.model, selected.token_ids, capture)
-            drafted.observation = yield from read
-            if verifier.model == "target":
-                drafted.seen = [(selected, drafted.observation)]
-        observation = drafted.observation or Observation(
-            selected.token_logprobs, selected.token_entropies
+        first = config.num_first_candidates or config.num_candidates
+        num_further = config.num_candidates - first
+        draw = partial(
+            self.context.generate,
+            "draft",
+            config.step_sampling,
+            embeddings=self._needs_embeddings,
         )
-        return verify(observation, capture, drafted.similarity, verifier)
+        with self.recorder.phase("propose"):
+            candidates = await draw(first)
+            if num_further and len(distinct(candidates)) > 1:
+                candidates += await draw(num_further, first_candidate=first)
+                num_further = 0
+        return StepState(candidates, num_spared=num_further)
 
-    def accept(self) -> StepRecord:
-        """Keep the draft's step: its KV is committed, unless verifying it already did so."""
-        drafted, selected = self.drafted, self.drafted.selected
-        with self.ledger.phase("commit"):
-            if drafted.observation is None or self.config.verifier.model != "draft":
-                self.writer.commit("draft", selected)
-            if drafted.scored:
-                assert drafted.observation is not None
-                handle = drafted.observation.handle
-                self.writer.commit("target", replace(selected, handle=handle))
-            self.writer.append(selected.token_ids)
-        return self._judged("draft", Written(selected))
+    async def select(self, step: StepState) -> None:
+        """The most consistent candidate, or the one that the target scores highest."""
+        with self.recorder.phase("select"):
+            selection = step.selection = select_medoid(step.candidates, self._embed)
+            alternatives = distinct(step.candidates)
+        asks_target = self.config.selector == TARGET_SELECTOR and self.config.method == "specguard"
+        if not asks_target or len(alternatives) == 1:
+            return
+        with self.recorder.phase("verify"):
+            candidates = [step.candidates[index] for index in alternatives]
+            capture, observations = await self._observe(candidates)
+            for index, seen in zip(alternatives, observations, strict=True):
+                similarity = selection.similarities[index]
+                step.verdicts[index] = verify(seen, capture, similarity, self.config.verifier)
+            best = best_verdict(step.verdicts)
+            step.readings = list(zip(candidates, observations, strict=True))
+            step.observation = observations[alternatives.index(best)]
+            step.selection = replace(selection, index=best)
 
-    def rewrite(self) -> Work[StepRecord]:
-        """Take the rejected step back and have the target write it."""
-        written = yield from self.ledger.timed("rewrite", self._rewrite())
-        return self._judged("target", written)
+    async def verify(self, step: StepState) -> None:
+        """Judge the selected candidate."""
+        assert step.selection is not None
+        verifier, selected = self.config.verifier, step.selected
+        if step.verdicts:
+            step.verdict = step.verdicts[step.selection.index]
+            return
+        with self.recorder.phase("verify"):
+            if self._reward is not None:
+                texts = [record.text for record in self.recorder.steps]
+                rewards = await self._reward.rewards(self, self.problem, [*texts, selected.text])
+                step.verdict = by_reward(rewards[-1], self.config.reward_threshold)
+                return
+            seen, capture = _own_observation(selected), None
+            if verifier.needs_attention or (verifier.needs_model and verifier.model == "target"):
+                capture, [seen] = await self._observe([selected])
+                step.observation = seen
+                if verifier.model == "target":
+                    step.readings = [(selected, seen)]
+            step.verdict = verify(seen, capture, step.similarity, verifier)
 
-    def _rewrite(self) -> Work[Written]:
-        sampling = self.config.rewrite_sampling
-        begun = self._keep_beginning()
-        if begun is not None and begun.is_finished:
-            return begun
-        token_ids = begun.step.token_ids if begun is not None else ()
-        if self.config.rewrite == "speculate":
-            rest = yield from self.writer.speculate(sampling, token_ids)
-        else:
-            rest = yield from self._write("target", sampling, token_ids)
-        return rest if begun is None else self.writer.joined(begun, rest)
+    async def _observe(
+        self, candidates: list[Candidate]
+    ) -> tuple[Capture | None, list[Observation]]:
+        verifier = self.config.verifier
+        capture = self.context.capture(verifier)
+        token_ids = [candidate.token_ids for candidate in candidates]
+        return capture, await self.context.score(verifier.model, token_ids, capture)
 
-    def _keep_beginning(self) -> Written | None:
-        """What a greedy rewrite would begin with: the target has read it, its KV is there.
+    def accept(self, step: StepState) -> StepRecord:
+        """Keep the draft's step."""
+        self.context.append(step.selected.token_ids)
+        if step.readings:
+            self.context.knows("target")
+        return self._judged("accepted", WrittenStep.of(step.selected), step)
 
-        Of what it read, these are the tokens that it found most probable, one after the other.
+    async def rewrite(self, step: StepState) -> StepRecord:
+        """Have the target write the step, from where it would have written otherwise."""
+        with self.recorder.phase("rewrite"):
+            beginning, is_whole = self._beginning(step)
+            self.context.append(beginning.token_ids)
+            if step.readings:
+                self.context.knows("target")
+            written = beginning
+            if not is_whole:
+                sampling = self.config.rewrite_sampling
+                rest = await self._write("target", sampling, beginning.token_ids)
+                written = _joined(beginning, WrittenStep.of(rest))
+        return self._judged("rewritten", written, step)
+
+    def _beginning(self, step: StepState) -> tuple[WrittenStep, bool]:
+        """What a greedy rewrite begins with, and whether that is all of it.
+
+        Of what the target has read of the candidates, these are the tokens that it found most
+        probable, one after the other: it would only write them again.
         """
-        drafted = self.drafted
-        is_held = drafted.observation is not None and not drafted.scored
-        is_greedy = self.config.rewrite_sampling.is_greedy
-        if not drafted.seen or not is_greedy or not uses("beginning"):
-            if is_held:
-                self.writer.take_back(self.config.verifier.model)
-            return None
-        candidate, seen = max(drafted.seen, key=lambda pair: pair[1].num_greedy)
-        if seen.num_greedy == 0:
-            if is_held:
-                self.writer.take_back("target")
-            return None
-        if not is_held:
-            self.writer.commit("target", replace(candidate, handle=seen.handle))
-        self.writer.commit("draft", candidate)
-        self.writer.append(candidate.token_ids[: seen.num_greedy])
-        self.writer.take_back("target")
-        self.writer.take_back("draft")
-        return Written.beginning(candidate, seen)
+        nothing = WrittenStep((), "length", np.zeros(0), np.zeros(0))
+        if not step.readings or not self.config.rewrite_sampling.is_greedy or is_reference():
+            return nothing, False
+        candidate, seen = max(step.readings, key=lambda reading: reading[1].num_leading_choices)
+        n = seen.num_leading_choices
+        entropies = seen.token_entropies
+        beginning = WrittenStep(
+            candidate.token_ids[:n],
+            candidate.finish,
+            seen.token_logprobs[:n],
+            None if entropies is None else entropies[:n],
+            num_reused=n,
+        )
+        return beginning, n == len(candidate.token_ids)
 
-    def write_alone(self) -> Work[StepRecord]:
+    async def write_alone(self) -> StepRecord:
         """The next step by one model, nothing judging it; "sd" lets the draft guess tokens."""
-        method, sampling = self.config.method, self.config.step_sampling
+        recorder, method = self.recorder, self.config.method
         if self.fallback.is_on:
             self.fallback.saw_plain()
-            work = self._write("target", self.config.rewrite_sampling)
-            written = yield from self.ledger.timed("rewrite", work)
-            return self.ledger.record("plain", "target", written, is_fallback=True)
+            with recorder.phase("rewrite"):
+                candidate = await self._write("target", self.config.rewrite_sampling)
+            return recorder.record("plain", "target", WrittenStep.of(candidate), is_fallback=True)
         if method == "sd":
-            written = yield from self.ledger.timed("rewrite", self.writer.speculate(sampling))
-            return self.ledger.record("plain", "target", written)
+            with recorder.phase("rewrite"):
+                written = await write_by_guesses(self.context, self.config.step_sampling)
+            return recorder.record("plain", "target", written)
         author: Author = "target" if method == "target" else "draft"
-        written = yield from self.ledger.timed("propose", self._write(author, sampling))
-        drafted = Drafted([written.step]) if author == "draft" else None
-        return self.ledger.record("plain", author, written, drafted)
+        with recorder.phase("propose"):
+            candidate = await self._write(author, self.config.step_sampling)
+        step = StepState([candidate]) if author == "draft" else None
+        return recorder.record("plain", author, WrittenStep.of(candidate), step)
 
-    def _write(
+    async def _write(
         self, author: Author, sampling: Sampling, begun: tuple[int, ...] = ()
-    ) -> Work[Written]:
-        [step] = yield from self.writer.propose(author, 1, sampling, begun)
-        self.writer.commit(author, step)
-        self.writer.append(step.token_ids)
-        return Written(step)
+    ) -> Candidate:
+        [candidate] = await self.context.generate(author, sampling, begun=begun)
+        self.context.append(candidate.token_ids)
+        self.context.knows(author)
+        return candidate
 
-    def _judged(self, author: Author, written: Written) -> StepRecord:
-        is_accepted = author == "draft"
-        decision: Decision = "accepted" if is_accepted else "rewritten"
-        step = self.ledger.record(decision, author, written, self.drafted)
+    def _judged(self, decision: Decision, written: WrittenStep, step: StepState) -> StepRecord:
+        author: Author = "draft" if decision == "accepted" else "target"
+        record = self.recorder.record(decision, author, written, step)
         self.fallback.saw_drafted(
-            num_candidates=len(self.drafted.candidates),
-            num_longest=max(len(one.token_ids) for one in self.drafted.candidates),
-            num_tokens=step.num_tokens,
-            num_rewritten=0 if is_accepted else step.num_tokens - step.num_reused,
+            num_candidates=len(step.candidates),
+            num_longest=max(len(candidate.token_ids) for candidate in step.candidates),
+            num_tokens=record.num_tokens,
+            num_rewritten=0 if record.is_accepted else record.num_tokens - record.num_reused,
         )
-        return step
-
-    def close(self) -> None:
-        """Close every sequence."""
-        self.writer.close()
-        if self.judge is not None:
-            self.judge.close()
+        return record
 
 
-def _judge(problem: str, reward: RewardModel | None, config: SolveConfig) -> RewardSequence | None:
-    """What judges steps in reward-guided decoding, None in every other method."""
-    if config.method != "rsd":
-        return None
-    if reward is None:
-        raise UsageError("method 'rsd' needs a reward model", "name one, or choose another method")
-    return reward.start(problem)
+def _own_observation(candidate: Candidate) -> Observation:
+    """What the draft said of its candidate while it drew it; first choices are not known."""
+    unknown = np.zeros(len(candidate.token_ids), dtype=np.bool_)
+    return Observation(candidate.token_logprobs, unknown, candidate.token_entropies)
 
 
-def _models_in_use(
-    draft: LanguageModel[Any] | None, target: LanguageModel[Any] | None, config: SolveConfig
-) -> dict[Author, LanguageModel[Any]]:
-    """The models that the method needs.
+def _joined(beginning: WrittenStep, rest: WrittenStep) -> WrittenStep:
+    """A step of two parts, which the target has read and written."""
+    return WrittenStep(
+        beginning.token_ids + rest.token_ids,
+        rest.finish,
+        _concatenated(beginning.token_logprobs, rest.token_logprobs),
+        _concatenated(beginning.token_entropies, rest.token_entropies),
+        num_reused=beginning.num_reused,
+    )
 
-    Raises:
-        UsageError: one of them is missing.
-        SpecguardError: the verifier weighs attention that its model cannot hand over.
-    """
-    given: dict[Author, LanguageModel[Any] | None] = {"draft": draft, "target": target}
-    models: dict[Author, LanguageModel[Any]] = {}
-    for author in config.authors:
-        model = given[author]
-        if model is None:
-            raise UsageError(f"method {config.method!r} needs a {author} model")
-        models[author] = model
-    if config.method == "specguard" and config.verifier.needs_attention:
-        refusal = models[config.verifier.model].capture_refusal
-        if refusal is not None:
-            raise SpecguardError(
-                f"the attention of {models[config.verifier.model].name} cannot be captured: "
-                f"{refusal}",
-                "verify by log-probability alone: --beta 1",
-            )
-    return models
+
+def _concatenated(first: FloatArray | None, second: FloatArray | None) -> FloatArray | None:
+    return None if first is None or second is None else np.concatenate([first, second])

@@ -1,17 +1,127 @@
-"""Whether two models can work together: the same text must have the same token ids."""
+"""A draft and a target put together: whether they fit each other, and what settings need of them.
 
-from typing import Any
+What an engine lacks is found here, before the first step, and nowhere else.
+"""
 
-from specguard.core.errors import SpecguardError
-from specguard.core.model import LanguageModel
+from dataclasses import dataclass, replace
+
+from specguard.core.config import TARGET_SELECTOR, Author, SolveConfig, ensemble_weights
+from specguard.core.engine import Engine, Feature
+from specguard.core.errors import SpecguardError, UsageError
+from specguard.core.reward import RewardModel
 
 
-def check_pair(draft: LanguageModel[Any], target: LanguageModel[Any]) -> None:
-    """Compare the two token mappings; padded embedding rows without a token do not count.
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two engines that map text to the same ids; a plain method needs one of them only.
+
+    ``reward`` judges the draft's steps in method "rsd".
 
     Raises:
         SpecguardError: a token has another id in the other model, or none; the message names it.
+            Padded embedding rows without a token do not count.
     """
+
+    draft: Engine | None = None
+    target: Engine | None = None
+    reward: RewardModel | None = None
+
+    def __post_init__(self) -> None:
+        if self.draft is not None and self.target is not None:
+            _check_vocabularies(self.draft, self.target)
+
+    def engines_for(self, config: SolveConfig) -> dict[Author, Engine]:
+        """The engines that the settings use.
+
+        Raises:
+            UsageError: one of them, or the reward model, is missing.
+            SpecguardError: an engine lacks a feature that the settings cannot do without.
+        """
+        engines: dict[Author, Engine] = {}
+        for author in config.authors:
+            engine = self.draft if author == "draft" else self.target
+            if engine is None:
+                raise UsageError(f"method {config.method!r} needs a {author} model")
+            engines[author] = engine
+        if config.method == "rsd" and self.reward is None:
+            raise UsageError(
+                "method 'rsd' needs a reward model", "name one, or choose another method"
+            )
+        if config.method == "specguard":
+            verifying = engines[config.verifier.model]
+            hint = "verify by log-probability alone: --beta 1"
+            if config.verifier.needs_attention:
+                _require(verifying, "attention", "the verifier weighs grounding", hint)
+            if config.verifier.needs_entropy:
+                _require(verifying, "entropy", "the verifier weighs it", hint)
+        if config.method == "sd":
+            for engine in engines.values():
+                _require(
+                    engine,
+                    "distributions",
+                    "token-level speculation compares them",
+                    "choose another method",
+                )
+        if self.embedder_for(config) == "draft":
+            _require(
+                engines["draft"],
+                "hidden states",
+                "the selector 'draft' compares candidates by them",
+                "choose --selector ngram",
+            )
+        return engines
+
+    def embedder_for(self, config: SolveConfig) -> str | None:
+        """What measures the consistency of candidates, by name; None where there is one alone.
+
+        The selector's, or, where the target selects, what costs least.
+        """
+        if not config.is_stepwise or config.num_candidates == 1:
+            return None
+        if config.selector != TARGET_SELECTOR:
+            return config.selector
+        has_states = self.draft is None or "hidden states" in self.draft.features
+        return "draft" if has_states else "ngram"
+
+    def degraded(self, config: SolveConfig) -> tuple[SolveConfig, list[str]]:
+        """Settings that nobody chose, changed to what these engines can do, and what was changed.
+
+        Without attention, the log-probability alone verifies; without hidden states, the selector
+        is ``ngram``.
+        """
+        notes = []
+        verifying = self.draft if config.verifier.model == "draft" else self.target
+        if (
+            config.method == "specguard"
+            and verifying is not None
+            and config.verifier.needs_attention
+            and "attention" not in verifying.features
+        ):
+            verifier = replace(config.verifier, weights=ensemble_weights(1.0))
+            config = replace(config, verifier=verifier)
+            notes.append(f"verified by log-probability alone: {_lack(verifying, 'attention')}")
+        if (
+            self.draft is not None
+            and self.embedder_for(config) == "draft"
+            and "hidden states" not in self.draft.features
+        ):
+            config = replace(config, selector="ngram")
+            lack = _lack(self.draft, "hidden states")
+            notes.append(f"candidates are compared by their words: {lack}")
+        return config, notes
+
+
+def _require(engine: Engine, feature: Feature, purpose: str, hint: str) -> None:
+    if feature not in engine.features:
+        raise SpecguardError(f"{_lack(engine, feature)}; {purpose}", hint)
+
+
+def _lack(engine: Engine, feature: Feature) -> str:
+    reason = engine.reasons.get(feature)
+    return f"{engine.name} has no {feature}" + (f" ({reason})" if reason else "")
+
+
+def _check_vocabularies(draft: Engine, target: Engine) -> None:
     ours, theirs = draft.tokenizer.vocabulary, target.tokenizer.vocabulary
     if ours == theirs:
         return

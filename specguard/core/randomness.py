@@ -1,20 +1,21 @@
-"""Uniforms keyed by what they are for, so that a result depends on no batch slot and no backend."""
+"""Uniforms keyed by what they are for, so that a result depends on no batch slot and no engine."""
 
-from collections.abc import Sequence
 from enum import IntEnum
 from hashlib import blake2b
 
 import numpy as np
 
-from specguard.core.model import FloatArray
+from specguard.core.engine import FloatArray
 
 
 class Purpose(IntEnum):
-    """What a stream of uniforms is drawn for."""
+    """What a stream of uniforms is drawn for; no two purposes share one."""
 
     DRAFT = 0
-    TARGET = 1
-    ACCEPT = 2
+    REWRITE = 1  # by the target, of a whole step
+    ACCEPT = 2  # of guessed tokens
+    GUESS = 3  # of single tokens, by the draft
+    CORRECT = 4  # by the target, the token after those that were accepted
 
 
 def problem_key(problem: str) -> int:
@@ -35,18 +36,16 @@ def uniforms(
     generator = np.random.Generator(bits)
     # To set the counter is a fraction of the work of making a generator for each candidate.
     start = bits.state
-    found = np.empty((num_candidates, count), dtype=np.float32)
-    for candidate, row in enumerate(found):
+    rows = np.empty((num_candidates, count), dtype=np.float32)
+    for candidate, row in enumerate(rows):
         start["state"]["counter"][2] = candidate
         bits.state = start
         generator.random(dtype=np.float32, out=row)
-    return found
+    return rows
 
 
-def side_by_side(uniforms: Sequence[FloatArray]) -> FloatArray:
-    """Uniforms [..., n] in one array, the shorter ones filled up with zeros."""
-    width = max(part.shape[-1] for part in uniforms)
-    grid = np.zeros((len(uniforms), *uniforms[0].shape[:-1], width), dtype=uniforms[0].dtype)
-    for row, part in zip(grid, uniforms, strict=True):
-        row[..., : part.shape[-1]] = part
-    return grid
+def job_seed(seed: int, problem: int, purpose: Purpose, step: int, first_candidate: int) -> int:
+    """A 63-bit seed for an engine that draws by a randomness of its own."""
+    parts = f"{seed} {problem} {int(purpose)} {step} {first_candidate}"
+    digest = blake2b(parts.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -9,10 +9,10 @@ import cattrs
 from cattrs.gen import make_dict_structure_fn
 
 from specguard.core.config import Author, SolveConfig
+from specguard.core.engine import CandidateFinish
 from specguard.core.errors import SpecguardError
-from specguard.core.model import CandidateFinish
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DOCUMENTED_SCORES = ("log_prob", "grounding", "ensemble")
 
 FinishReason = Literal["answer", "eos", "length", "repetition"]
@@ -42,7 +42,7 @@ class TokenArrays:
     token_ids: tuple[int, ...]
     pieces: tuple[str, ...]
     logprobs: tuple[float, ...]
-    entropies: tuple[float, ...]
+    entropies: tuple[float, ...] | None
     grounding: tuple[float, ...] | None
 
 
@@ -123,7 +123,11 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    r"""A solved problem; ``answer`` is the content of the last balanced ``\boxed{}``, or None."""
+    r"""A solved problem; ``answer`` is the content of the last balanced ``\boxed{}``, or None.
+
+    ``is_reproducible`` says whether other engines of the same models, too, draw the same by the
+    same seed; else it is passed on to an engine that has a randomness of its own.
+    """
 
     problem: str
     answer: str | None
@@ -135,6 +139,7 @@ class Solution:
     draft: str | None
     target: str | None
     is_calibrated: bool
+    is_reproducible: bool = True
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,13 +154,15 @@ class Solution:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Solution":
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`, for this schema version and the one before.
 
         Raises:
             SpecguardError: another schema version, or a field that is missing or of a wrong type.
         """
         version = data.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if version == 1:
+            data = _from_version_1(data)
+        elif version != SCHEMA_VERSION:
             raise SpecguardError(
                 f"a solution of schema version {version} cannot be read",
                 f"this version of specguard reads schema version {SCHEMA_VERSION}",
@@ -180,6 +187,14 @@ class Solution:
         if not isinstance(data, dict):
             raise SpecguardError("a stored solution is a JSON object")
         return cls.from_dict(data)
+
+
+def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:
+    """Rewrites by token-level speculation are gone; everything else has stayed."""
+    config = data.get("config")
+    if isinstance(config, dict):
+        config = {name: value for name, value in config.items() if name != "rewrite"}
+    return {**data, "config": config, "schema_version": SCHEMA_VERSION}
 
 
 def step_to_dict(step: StepRecord) -> dict[str, Any]:

@@ -5,26 +5,8 @@ it is that a step is right: reward-guided speculative decoding accepts a draft s
 (arXiv 2501.19324), best-of-n chooses among solutions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Protocol
-
-
-class RewardSequence(Protocol):
-    """The solution of one problem as a reward model reads it; holds KV until it is closed."""
-
-    def rewards(self, steps: Sequence[str]) -> list[float]:
-        """The probability in [0, 1] that each step is right, given the problem and those before.
-
-        ``steps`` are the texts of all steps so far, with or without the delimiter. What they share
-        with the steps of the call before is not computed again, so that asking after every step,
-        replaced ones included, costs the new step only.
-
-        Raises:
-            SpecguardError: the solution does not fit the model's context window.
-        """
-
-    def close(self) -> None:
-        """Give the KV back. Closing twice is fine; `rewards` on a closed one raises."""
 
 
 class RewardModel(Protocol):
@@ -34,9 +16,16 @@ class RewardModel(Protocol):
     def name(self) -> str:
         """Folder, hub id or other name to show to the user."""
 
-    def start(self, problem: str) -> RewardSequence:
-        """Read a problem, so that the steps of a solution can be judged.
+    async def rewards(self, key: Hashable, problem: str, steps: Sequence[str]) -> list[float]:
+        """The probability in [0, 1] that each step is right, given the problem and those before.
+
+        ``steps`` are the texts of all steps so far, with or without the delimiter. What they share
+        with the steps of the last call with this ``key`` is not computed again, so that asking
+        after every step, replaced ones included, costs the new step only.
 
         Raises:
-            SpecguardError: the problem does not fit the model's context window.
+            SpecguardError: the solution does not fit the model's context window.
         """
+
+    def release(self, key: Hashable) -> None:
+        """The problem is over; unknown keys are fine."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from specguard.core.model import Candidate, FloatArray
+from specguard.core.engine import Candidate, FloatArray
 from specguard.core.verifier import Verdict
 
 # Embeddings [k, d] of k candidates, one row each; rows need no normalisation.

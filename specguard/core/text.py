@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Hashable, Sequence
 
-from specguard.core.model import Boundary, CandidateFinish, Tokenizer
+from specguard.core.engine import Boundary, CandidateFinish, Tokenizer
 
 _BOX = "\\boxed{"
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is a character, not a group
@@ -23,7 +23,7 @@ class StepScanner:
         self._tail = ""
         self._has_text = False
         self._num_tokens = 0
-        for token_id in boundary.written:
+        for token_id in boundary.begun:
             self._completes_delimiter(piece(token_id))
 
     def feed(self, token_id: int) -> CandidateFinish | None:
@@ -69,14 +69,20 @@ class PieceTable:
 
 
 def final_answer(text: str) -> str | None:
-    r"""Content of the last balanced ``\boxed{...}``, nested braces included, or None."""
+    r"""Content of the last balanced ``\boxed{...}``, nested braces included, or None.
+
+    An empty box, as prompts ask for one and models repeat it, is no answer.
+    """
     start = text.rfind(_BOX)
     while start >= 0:
         depth = 1
         for brace in _BRACE.finditer(text, start + len(_BOX)):
             depth += {"{": 1, "}": -1}.get(brace.group(), 0)
             if depth == 0:
-                return text[start + len(_BOX) : brace.start()].strip()
+                content = text[start + len(_BOX) : brace.start()].strip()
+                if content:
+                    return content
+                break
         start = text.rfind(_BOX, 0, start)
     return None
 

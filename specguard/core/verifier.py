@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from specguard.core.config import REWARD, VerifierConfig
+from specguard.core.engine import Capture, FloatArray, Observation
 from specguard.core.grounding import grounding
-from specguard.core.model import Capture, FloatArray, Observation
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,11 @@ def verify(
     signals = {
         "log_prob": float(observation.token_logprobs.min()),
         "log_prob_mean": float(observation.token_logprobs.mean()),
-        "entropy_mean": float(observation.token_entropies.mean()),
-        "entropy_max": float(observation.token_entropies.max()),
-        "consistency": consistency,
     }
+    if observation.token_entropies is not None:
+        signals["entropy_mean"] = float(observation.token_entropies.mean())
+        signals["entropy_max"] = float(observation.token_entropies.max())
+    signals["consistency"] = consistency
     token_grounding = None
     if observation.blocks is not None and capture is not None:
         token_grounding = grounding(
@@ -48,7 +49,7 @@ def verify(
         sinks = [block.sink_mass.mean() for block in observation.blocks]
         signals["sink_mass"] = float(np.mean(sinks))
     scores = {name: normalise(name, value, config) for name, value in signals.items()}
-    weights = config.weights
+    weights = {name: weight for name, weight in config.weights.items() if weight > 0}
     ensemble = sum(weights[name] * scores[name] for name in weights) if weights else 1.0
     # Weights are shares of 1 only up to rounding, and a threshold of 1 must be reachable.
     scores["ensemble"] = min(1.0, round(ensemble, 12))

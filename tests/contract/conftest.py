@@ -1,55 +1,43 @@
-"""The models that the contract is run over, with and without shortcuts."""
+"""The engines that the contract is run over; all have the weights of the same checkpoint."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from specguard.core.shortcuts import VARIABLE
-from tests.contract.calls import Model
+from specguard.core import Engine
+from specguard.core.reference import VARIABLE
+from tests.engines import load, spoil_new_memory
+from tests.reference import ReferenceEngine
+
+# "plain" is with the reference switch on.
+ENGINES = ("reference", "torch", "torch, late", "torch, plain", "mlx", "mlx, plain")
 
 
-def load_reference(request: pytest.FixtureRequest, role: str) -> Model:
-    from tests.reference import ReferenceModel
-
-    return ReferenceModel(seed=1 if role == "target" else 2)
-
-
-def load_torch(request: pytest.FixtureRequest, role: str) -> Model:
-    from specguard.backends.pytorch.loading import load_model
-
-    name = "checkpoint" if role == "target" else "draft_checkpoint"
-    return load_model(str(request.getfixturevalue(name)))
-
-
-def load_mlx(request: pytest.FixtureRequest, role: str) -> Model:
-    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
-    from specguard.backends.mlx.loading import load_model
-
-    name = "checkpoint" if role == "target" else "draft_checkpoint"
-    return load_model(str(request.getfixturevalue(name)))
-
-
-LOADERS: dict[str, Callable[[pytest.FixtureRequest, str], Model]] = {
-    "reference": load_reference,
-    "torch": load_torch,
-    "mlx": load_mlx,
-}
-
-
-@pytest.fixture(scope="module", params=[*LOADERS, "torch, no shortcuts", "mlx, no shortcuts"])
-def loader(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Model]]:
-    name, *plain = request.param.split(", ")
+@pytest.fixture(scope="module", params=ENGINES)
+def loader(request: pytest.FixtureRequest) -> Iterator[Callable[[Path], Engine]]:
+    """Loads a checkpoint as the engine in hand."""
+    name = request.param
     with pytest.MonkeyPatch.context() as patch:
-        if plain:
-            patch.setenv(VARIABLE, "all")
-        yield lambda role: LOADERS[name](request, role)
+        if name.endswith("plain"):
+            patch.setenv(VARIABLE, "1")
+        if name.startswith("torch"):
+            spoil_new_memory(patch)
+        yield lambda folder: load(name, folder)
 
 
 @pytest.fixture(scope="module")
-def model(loader: Callable[[str], Model]) -> Model:
-    return loader("target")
+def engine(loader: Callable[[Path], Engine], checkpoint: Path) -> Engine:
+    return loader(checkpoint)
 
 
 @pytest.fixture(scope="module")
-def draft(loader: Callable[[str], Model]) -> Model:
-    return loader("draft")
+def draft(loader: Callable[[Path], Engine], draft_checkpoint: Path) -> Engine:
+    """A smaller model, with a padded vocabulary."""
+    return loader(draft_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def plain(checkpoint: Path) -> ReferenceEngine:
+    """What the engine in hand must come to."""
+    return ReferenceEngine.load(checkpoint)

@@ -1,76 +1,72 @@
-"""Token-level speculation, and whole solutions."""
+"""Whole solutions: what must come out whatever the engine, and in whatever surroundings."""
 
-import numpy as np
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from specguard.core import GREEDY, Engine, Sampling, SolveConfig, VerifierConfig
-from specguard.core.randomness import Purpose, uniforms
-from tests.contract.calls import OTHER_PROMPT, PROMPT, SAMPLING, TOLERANCE, Model, draws, propose
+from specguard.core import (
+    GREEDY,
+    Engine,
+    Sampling,
+    Solution,
+    SolveConfig,
+    Solver,
+    Task,
+    VerifierConfig,
+    ensemble_weights,
+    solve_many,
+)
+from tests.engines import load
+from tests.reference import ReferenceEngine
+
+PROBLEM = "Mia has 24 shells."
+TEXTS = [PROBLEM, "Some problem.", "Tom has 3 pens and buys 4.", "Another one."]
+# Some steps pass, some are written anew: the random models seldom agree.
+VERIFIER = VerifierConfig(
+    weights=ensemble_weights(0.5), bounds={"log_prob": (-14.0, -5.0)}, threshold=0.55
+)
+CONFIG = SolveConfig(
+    num_candidates=3,
+    verifier=VERIFIER,
+    delimiter="e",
+    max_tokens=40,
+    max_step_tokens=9,
+    max_steps=8,
+)
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"method": "sd", "sampling": Sampling(1.0, 0.9)},
+    {"selector": "target", "num_candidates": 4},
+    {"num_candidates": 5, "num_first_candidates": 2},
+    {"rewrite_sampling": Sampling(1.0, 1.0)},
+    {"method": "draft", "sampling": Sampling(1.0, 1.0)},
+]
 
 
-def test_a_model_accepts_all_of_its_own_tokens(model: Model) -> None:
-    sampling = Sampling(1.0, 0.9)
-    own, judge = model.start(PROMPT), model.start(PROMPT)
-    [candidate] = propose(model, own, 1, 6, sampling, keep_distributions=True)
-    row = uniforms(0, 0, Purpose.ACCEPT, 0, 1, 7) * np.float32(0.99)
-    [outcome] = model.accept([judge], [candidate], sampling, row)
-    assert outcome.num_accepted == len(candidate.token_ids)
-    assert outcome.token_ids[: outcome.num_accepted] == candidate.token_ids
-    # A bonus token follows only a candidate that was cut by its cap.
-    has_bonus = len(outcome.token_ids) > outcome.num_accepted
-    assert has_bonus == (candidate.finish == "length")
-    assert tuple(judge.token_ids) == PROMPT.token_ids + outcome.token_ids
-
-
-def test_greedy_speculation_writes_the_greedy_text(model: Model, draft: Model) -> None:
-    [expected] = propose(model, model.start(PROMPT), 1, 12, GREEDY)
-    judge, guesser = model.start(PROMPT), draft.start(PROMPT)
-    written: list[int] = []
-    while len(written) < len(expected.token_ids):
-        [guess] = propose(draft, guesser, 1, 3, GREEDY, keep_distributions=True)
-        [outcome] = model.accept([judge], [guess], GREEDY, draws(1, 4)[0])
-        written += outcome.token_ids
-        seen = model.start(PROMPT)
-        [observation] = model.extend([seen], [written])
-        n = len(outcome.token_ids)
-        np.testing.assert_allclose(
-            outcome.token_logprobs, observation.token_logprobs[-n:], atol=TOLERANCE
-        )
-        draft.extend([guesser], [outcome.token_ids])
-    assert tuple(written[: len(expected.token_ids)]) == expected.token_ids
-
-
-def test_speculation_in_a_batch_is_speculation_alone(model: Model, draft: Model) -> None:
-    sampling = Sampling(1.2, 0.9)
-    prompts = [PROMPT, OTHER_PROMPT]
-    rows = np.concatenate([uniforms(s, 0, Purpose.ACCEPT, 0, 1, 5) for s in range(2)])
-    guesses = [
-        propose(draft, draft.start(prompt), 1, 4, sampling, seed=i, keep_distributions=True)[0]
-        for i, prompt in enumerate(prompts)
+def told(solution: Solution | None) -> list[Any]:
+    """What was decided, step by step."""
+    assert solution is not None
+    steps = [
+        (step.text, step.author, step.decision, step.selected, step.num_tokens, step.num_drafted)
+        for step in solution.steps
     ]
-    together = model.accept([model.start(prompt) for prompt in prompts], guesses, sampling, rows)
-    for i, (prompt, guess) in enumerate(zip(prompts, guesses, strict=True)):
-        [alone] = model.accept([model.start(prompt)], [guess], sampling, rows[i : i + 1])
-        assert alone.token_ids == together[i].token_ids
-
-
-def test_candidates_without_distributions_cannot_be_judged(model: Model) -> None:
-    candidate = propose(model, model.start(PROMPT), 1, 3)[0]
-    with pytest.raises(ValueError, match="keep_distributions"):
-        model.accept([model.start(PROMPT)], [candidate], SAMPLING, draws(1, 4)[0])
+    return [solution.text, solution.finish_reason, steps]
 
 
 @pytest.mark.parametrize("verifier", ["draft", "target"])
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 def test_a_target_as_its_own_draft_writes_what_it_writes_alone(
-    model: Model, verifier: str, threshold: float
+    engine: Engine, verifier: Any, threshold: float
 ) -> None:
-    problem = "Mia has 24 shells."
-    settings = {"max_tokens": 60, "max_step_tokens": 9, "max_steps": 12}
-    engine = Engine(model, model, SolveConfig(**settings))  # type: ignore[arg-type]
-    plain = engine.solve(problem, method="target", detail=True)
-    config = VerifierConfig(model=verifier, threshold=threshold)  # type: ignore[arg-type]
-    ours = engine.solve(problem, num_candidates=3, sampling=GREEDY, verifier=config, detail=True)
+    config = SolveConfig(max_tokens=60, max_step_tokens=9, max_steps=12)
+    solver = Solver(engine, engine, config)
+    plain = solver.solve(PROBLEM, method="target")
+    judged = VerifierConfig(model=verifier, threshold=threshold)
+    ours = solver.solve(PROBLEM, num_candidates=3, sampling=GREEDY, verifier=judged)
     assert ours.text == plain.text
     assert ours.finish_reason == plain.finish_reason
     expected = "accepted" if threshold == 0.0 else "rewritten"
@@ -78,13 +74,102 @@ def test_a_target_as_its_own_draft_writes_what_it_writes_alone(
     assert ours.stats.num_tokens == plain.stats.num_tokens
 
 
-def test_a_seed_decides_the_solution(model: Model) -> None:
-    config = SolveConfig(
-        num_candidates=4,
-        max_tokens=40,
-        max_step_tokens=10,
-        verifier=VerifierConfig(threshold=0.0),
+def test_greedy_speculation_writes_the_greedy_text(engine: Engine, draft: Engine) -> None:
+    solver = Solver(draft, engine, CONFIG)
+    expected = solver.solve(PROBLEM, method="target")
+    assert told(solver.solve(PROBLEM, method="sd"))[:2] == told(expected)[:2]
+    # What it has guessed itself, a model accepts.
+    own = Solver(engine, engine, CONFIG).solve(PROBLEM, method="sd")
+    assert own.text == expected.text
+    assert all(step.num_kept == step.num_guessed for step in own.steps[:-1])
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ", ".join(settings))
+def test_solutions_are_those_of_the_reference(
+    engine: Engine, draft: Engine, plain: Solver, settings: dict[str, Any]
+) -> None:
+    """One after the other, and side by side: the same decisions as with plain engines."""
+    solver = Solver(draft, engine, CONFIG)
+    expected = [told(plain.solve(text, **settings)) for text in TEXTS]
+    if solver.configured(**settings).is_stepwise:
+        decisions = {step[2] for _, _, steps in expected for step in steps}
+        assert decisions == {"accepted", "rewritten"}
+    assert [told(solver.solve(text, **settings)) for text in TEXTS[:2]] == expected[:2]
+    outcomes = solve_many(solver, TEXTS, batch_size=3, **settings)
+    found = {outcome.index: told(outcome.solution) for outcome in outcomes}
+    assert [found[index] for index in range(len(TEXTS))] == expected
+    for part in engine, draft:
+        assert getattr(part, "num_kept", 0) == 0
+
+
+@pytest.fixture(scope="session")
+def plain(checkpoint: Path, draft_checkpoint: Path) -> Solver:
+    """A pair that computes everything anew."""
+    return Solver(
+        ReferenceEngine.load(draft_checkpoint), ReferenceEngine.load(checkpoint), CONFIG
     )
-    engine = Engine(model, model, config)
-    texts = [engine.solve("Some problem.", seed=seed).text for seed in (0, 0, 1)]
+
+
+def test_a_seed_decides_the_solution(engine: Engine) -> None:
+    solver = Solver(engine, engine, CONFIG)
+    accepting = VerifierConfig(threshold=0.0)
+    texts = [
+        solver.solve(PROBLEM, seed=seed, verifier=accepting, num_candidates=2).text
+        for seed in (0, 0, 1)
+    ]
     assert texts[0] == texts[1] != texts[2]
+    tasks = [Task(PROBLEM, {"seed": seed}) for seed in (1, 0)]
+    outcomes = solve_many(solver, tasks, verifier=accepting, num_candidates=2)
+    together = {outcome.index: outcome.solution for outcome in outcomes}
+    assert [together[0].text, together[1].text] == [texts[2], texts[0]]  # type: ignore[union-attr]
+
+
+def test_a_running_event_loop_changes_nothing(engine: Engine, draft: Engine) -> None:
+    solver = Solver(draft, engine, CONFIG)
+    expected = [told(solver.solve(text)) for text in TEXTS]
+
+    async def notebook() -> list[Any]:
+        found = [told(solver.solve(TEXTS[0]))]
+        solving = [solver.solve_async(text) for text in TEXTS[1:]]
+        return found + list(map(told, await asyncio.gather(*solving)))
+
+    assert asyncio.run(notebook()) == expected
+
+
+def test_several_threads_share_an_engine(engine: Engine, draft: Engine) -> None:
+    solver = Solver(draft, engine, CONFIG)
+    expected = [told(solver.solve(text)) for text in TEXTS]
+    with ThreadPoolExecutor(len(TEXTS)) as pool:
+        found = [told(solution) for solution in pool.map(solver.solve, TEXTS)]
+    assert found == expected
+
+
+@pytest.mark.parametrize("names", [("torch", "mlx"), ("mlx", "torch"), ("reference", "torch")])
+@pytest.mark.parametrize("settings", SETTINGS[:4], ids=lambda settings: ", ".join(settings))
+def test_draft_and_target_may_be_on_different_engines(
+    names: tuple[str, str],
+    settings: dict[str, Any],
+    plain: Solver,
+    checkpoint: Path,
+    draft_checkpoint: Path,
+    cached_load: Callable[[str, Path], Engine],
+) -> None:
+    draft, target = map(cached_load, names, (draft_checkpoint, checkpoint))
+    solver = Solver(draft, target, CONFIG)
+    for text in TEXTS[:2]:
+        assert told(solver.solve(text, **settings)) == told(plain.solve(text, **settings))
+    outcomes = solve_many(solver, TEXTS, batch_size=4, **settings)
+    for outcome in outcomes:
+        assert told(outcome.solution) == told(plain.solve(TEXTS[outcome.index], **settings))
+
+
+@pytest.fixture(scope="module")
+def cached_load() -> Callable[[str, Path], Engine]:
+    engines: dict[Any, Engine] = {}
+
+    def find(name: str, folder: Path) -> Engine:
+        if (name, folder) not in engines:
+            engines[name, folder] = load(name, folder)
+        return engines[name, folder]
+
+    return find

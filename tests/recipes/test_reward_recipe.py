@@ -1,5 +1,7 @@
 """The reward model's recipe: what the draft writes and how it is labelled, training, export."""
 
+import asyncio
+from collections.abc import Hashable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -26,6 +28,10 @@ SHIPPED = TINY / "reward"
 SMALL = Recipe(
     tokens=6000, intermediate_size=None, batch_tokens=2048, pool=8, warmup_steps=1, bf16=False
 )
+
+
+def rewards(judge: StepRewardModel, problem: str, steps: Sequence[str]) -> list[float]:
+    return asyncio.run(judge.rewards(problem, problem, steps))
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +162,8 @@ def test_a_run_goes_on_and_is_exported(coder: Coder, tmp_path: Path) -> None:
     with torch.inference_mode():
         logits = network.score(network(torch.tensor([row.ids])))[0]
     expected = logits.softmax(-1)[torch.tensor(row.is_end), 1]
-    sequence = load_reward_model(str(tmp_path / "model"), "cpu", "float32").start(problem.text)
-    np.testing.assert_allclose(sequence.rewards(problem.steps), expected, atol=0.02)
+    judge = load_reward_model(str(tmp_path / "model"), "cpu", "float32")
+    np.testing.assert_allclose(rewards(judge, problem.text, problem.steps), expected, atol=0.02)
 
 
 def test_batches_come_twice_and_end_at_steps(coder: Coder, draft: RewardNetwork) -> None:
@@ -190,15 +196,12 @@ def test_collected_steps_are_judged_after_the_right_ones() -> None:
     class Counting:
         name = "counts steps"
 
-        def start(self, text: str) -> "Counting":
+        async def rewards(self, key: Hashable, text: str, steps: Sequence[str]) -> list[float]:
             assert text == problem.text
-            return self
-
-        def rewards(self, steps: list[str]) -> list[float]:
-            asked.append(steps)
+            asked.append(list(steps))
             return [len(step) / 1000 for step in steps]
 
-        def close(self) -> None:
+        def release(self, key: Hashable) -> None:
             asked.append([])
 
     row = {"problem": 2, "step": 1, "candidates": [{"text": "No.\n\n", "signals": {}}]}
@@ -224,7 +227,7 @@ def test_the_shipped_model_is_small_and_the_same_on_every_backend(
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 3_000_000
     for index in range(5):
         problem = problems.generate(problems.CALIBRATION, index)
-        found = [judge.start(problem.text).rewards(problem.steps) for judge in judges]
+        found = [rewards(judge, problem.text, problem.steps) for judge in judges]
         for other in found[1:]:
             np.testing.assert_allclose(other, found[0], atol=1e-3)
 
@@ -233,13 +236,13 @@ def test_the_shipped_model_sees_a_wrong_digit() -> None:
     judge = load_reward_model(str(SHIPPED), "cpu", "float32")
     pairs = []
     for problem in islice(problems.stream(problems.HELD_OUT), 12):
-        sequence = judge.start(problem.text)
         for index, step in enumerate(problem.steps):
             last = max(place for place, sign in enumerate(step) if sign.isdigit())
             changed = step[:last] + str((int(step[last]) + 3) % 10) + step[last + 1 :]
             before = problem.steps[:index]
-            pairs.append([sequence.rewards([*before, text])[-1] for text in (step, changed)])
-        sequence.close()
+            pairs.append(
+                [rewards(judge, problem.text, [*before, text])[-1] for text in (step, changed)]
+            )
     right, wrong = np.array(pairs).T
     assert (right > wrong).mean() > 0.9
     assert (right >= THRESHOLD).mean() > 0.8

@@ -1,0 +1,1 @@
+"""Engines in this process: one driver, which a layer of tensors (torch, MLX) computes for."""

@@ -1,0 +1,231 @@
+"""Jobs of all problems in one event loop: which go together, and when.
+
+Scoring goes first: whoever waits for it is on the way to the next step. Drawing steps, which takes
+a pass for every token, waits until nothing else is wanted, and goes on until some jobs have theirs:
+these are verified and come back to join the others. Jobs whose step another engine has to write
+wait for one another.
+"""
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from specguard.core.engine import GenerateJob, ScoreJob
+from specguard.core.errors import SpecguardError
+
+if TYPE_CHECKING:
+    from specguard.backends.local.engine import LocalEngine
+
+_SOME = 0.25  # of the jobs that are drawn; so many steps are waited for
+_PATIENCE = 16  # times that a kind of drawing waits before it goes first
+_PASSES_A_TURN = 8  # before others in the event loop have a turn
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A job of an engine, and where its result is awaited."""
+
+    engine: "LocalEngine"
+    job: GenerateJob | ScoreJob
+    future: asyncio.Future[Any]
+    state: Any = None  # of the engine, once the job is being drawn
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.future.done()
+
+    def give(self, result: Any) -> None:
+        """The job is done."""
+        if not self.future.done():
+            self.future.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        """The job cannot be done."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Generate jobs that can be drawn together, those that wait and those under way."""
+
+    drawing: Any = None
+    waiting: list[Ticket] = field(default_factory=list)
+    under_way: list[Ticket] = field(default_factory=list)
+    num_waits: int = 0
+
+    @property
+    def num_wanted(self) -> int:
+        """Jobs that want this."""
+        return len(self.waiting) + len(self.under_way)
+
+
+class Batcher:
+    """The jobs of one event loop. Make none: `submit` finds the one of the running loop."""
+
+    def __init__(self) -> None:
+        self._open: set[Ticket] = set()
+        self._scores: list[Ticket] = []
+        self._kinds: dict[Hashable, _Kind] = {}
+        self._work: asyncio.Task[None] | None = None
+
+    async def run(self, engine: "LocalEngine", job: GenerateJob | ScoreJob) -> Any:
+        """The result of a job; a cancelled one is dropped before the next pass."""
+        loop = asyncio.get_running_loop()
+        ticket = Ticket(engine, job, loop.create_future())
+        if isinstance(job, ScoreJob):
+            self._scores.append(ticket)
+        else:
+            self._kinds.setdefault(engine.kind(job), _Kind()).waiting.append(ticket)
+        if self._work is None:
+            self._work = loop.create_task(self._run())
+            self._work.add_done_callback(_hear_out)
+        self._open.add(ticket)
+        try:
+            return await ticket.future
+        finally:
+            self._open.discard(ticket)
+
+    async def _run(self) -> None:
+        """Work for as long as there is any."""
+        try:
+            while True:
+                self._clean()
+                if self._scores:
+                    self._score()
+                elif self._kinds:
+                    await self._draw()
+                else:
+                    return
+                await asyncio.sleep(0)  # who has a result goes on, and brings the next job
+        except Exception as error:
+            self._fail_all(error)  # it is raised where a result is awaited
+        except BaseException as error:
+            self._fail_all(error)
+            raise
+        finally:
+            self._work = None  # which holds the event loop that this batcher is found by
+
+    def _score(self) -> None:
+        """The scoring jobs of one engine, of the one that has most."""
+        engines = Counter(ticket.engine for ticket in self._scores)
+        engine = max(engines, key=engines.__getitem__)
+        tickets = [ticket for ticket in self._scores if ticket.engine is engine]
+        self._scores = [ticket for ticket in self._scores if ticket.engine is not engine]
+        try:
+            results = engine.score_now([ticket.job for ticket in tickets])  # type: ignore[misc]
+        except SpecguardError as error:
+            self._each_alone(tickets, error)
+            return
+        for ticket, result in zip(tickets, results, strict=True):
+            ticket.give(result)
+
+    async def _draw(self) -> None:
+        """Passes of what most jobs want, until some of them have their candidates."""
+        name = max(
+            self._kinds,
+            key=lambda name: (
+                self._kinds[name].num_waits >= _PATIENCE,
+                self._kinds[name].num_wanted,
+            ),
+        )
+        kind = self._kinds[name]
+        for other in self._kinds.values():
+            other.num_waits += 1
+        kind.num_waits = 0
+        self._join(kind)
+        num_wanted = math.ceil(_SOME * len(kind.under_way))
+        num_passes = 0
+        while kind.under_way and num_wanted > 0:
+            engine = kind.under_way[0].engine
+            try:
+                done = engine.advance(kind.drawing)
+            except SpecguardError as error:
+                tickets, kind.under_way, kind.drawing = kind.under_way, [], None
+                self._each_alone(tickets, error)
+                break
+            for state, result in done:
+                ticket = next(each for each in kind.under_way if each.state is state)
+                kind.under_way.remove(ticket)
+                num_wanted -= 1
+                if isinstance(result, SpecguardError):
+                    ticket.fail(result)
+                else:
+                    ticket.give(result)
+            num_passes += 1
+            if num_passes % _PASSES_A_TURN == 0 and num_wanted > 0:
+                await asyncio.sleep(0)
+                self._clean()
+                if self._scores:
+                    break
+                self._join(kind)
+        if not kind.num_wanted:
+            self._kinds.pop(name, None)
+
+    def _join(self, kind: _Kind) -> None:
+        waiting, kind.waiting = kind.waiting, []
+        for ticket in waiting:
+            assert isinstance(ticket.job, GenerateJob)
+            if kind.drawing is None:
+                kind.drawing = ticket.engine.new_drawing(ticket.job)
+            try:
+                ticket.state = ticket.engine.join(kind.drawing, ticket.job)
+            except SpecguardError as error:
+                ticket.fail(error)
+            else:
+                kind.under_way.append(ticket)
+
+    def _each_alone(self, tickets: list[Ticket], error: SpecguardError) -> None:
+        """A pass came to nothing: whose fault it was shows when each job is done alone."""
+        if len(tickets) == 1:
+            [ticket] = tickets
+            ticket.engine.release(ticket.job.key)
+            ticket.fail(error)
+            return
+        for ticket in tickets:
+            try:
+                ticket.give(ticket.engine.do_now(ticket.job))
+            except SpecguardError as own:
+                ticket.fail(own)
+
+    def _clean(self) -> None:
+        """Let go of what nobody waits for."""
+        self._scores = [ticket for ticket in self._scores if not ticket.is_dropped]
+        for name, kind in list(self._kinds.items()):
+            kind.waiting = [ticket for ticket in kind.waiting if not ticket.is_dropped]
+            for ticket in [each for each in kind.under_way if each.is_dropped]:
+                kind.under_way.remove(ticket)
+                ticket.engine.drop(kind.drawing, ticket.state)
+            if not kind.num_wanted:
+                del self._kinds[name]
+
+    def _fail_all(self, error: BaseException) -> None:
+        """Nobody is to wait for ever."""
+        self._scores, self._kinds = [], {}
+        for ticket in self._open:
+            if isinstance(error, Exception):
+                ticket.fail(error)
+            else:
+                ticket.future.cancel()
+
+
+def _hear_out(work: asyncio.Task[None]) -> None:
+    """An interruption has left the event loop by itself: asyncio need not report it, too."""
+    if not work.cancelled():
+        work.exception()
+
+
+_batchers: WeakKeyDictionary[asyncio.AbstractEventLoop, Batcher] = WeakKeyDictionary()
+
+
+def batcher() -> Batcher:
+    """The one of the running event loop."""
+    loop = asyncio.get_running_loop()
+    if loop not in _batchers:
+        _batchers[loop] = Batcher()
+    return _batchers[loop]

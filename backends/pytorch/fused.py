@@ -1,0 +1,180 @@
+"""The passes of a Llama or Qwen2 without transformers' layers around them: plain matrix products.
+
+On a CPU, the Python of an eager pass costs more than the arithmetic of a small model. Used in
+single precision on the CPU, where a model passes the comparison with its own layers at load.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+
+from specguard.backends.pytorch.attention import PlacedRow, attend_row
+from specguard.core.reference import is_reference
+
+_ROPE_TYPES = ("default", "linear", "llama3")
+_FIRST_POSITIONS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer's weights, those with the same input in one. Matrices are [inputs, outputs]."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    post_norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+class FusedLayers:
+    """The layers of a model as a function. Make one with `fused_layers`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config
+        self._base: Any = model.base_model
+        self._num_heads = int(config.num_attention_heads)
+        self._num_kv_heads = int(config.num_key_value_heads)
+        self._head_dim = int(
+            getattr(config, "head_dim", None) or config.hidden_size // self._num_heads
+        )
+        width = int(config.hidden_size)
+        self._floor = torch.tensor((width * float(config.rms_norm_eps)) ** 0.5)
+        self._norm = self._base.norm.weight.data * width**0.5
+        self._layers = [_fuse(layer) for layer in self._base.layers]
+        self._head = model.get_output_embeddings()
+        self._turns = torch.empty(0)  # [positions, 2, 1, head_dim], grows with the positions
+
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, end: int, rows: Sequence[PlacedRow]
+    ) -> Tensor:
+        """Final hidden states [N, H] of tokens [N], whose positions lie before ``end``.
+
+        Their columns go to the rows' buffers.
+        """
+        cos, sin = self._rotation(positions, end)
+        num_heads, num_rotated = self._num_heads, self._num_heads + self._num_kv_heads
+        scale = self._head_dim**-0.5
+        # Rows of a matrix throughout: products of more dimensions are slower to set up.
+        states = functional.embedding(tokens, self._base.embed_tokens.weight)
+        for index, layer in enumerate(self._layers):
+            heads = _product(self._normed(states, layer.input_norm), layer.qkv, layer.qkv_bias)
+            heads = heads.view(len(tokens), -1, self._head_dim)
+            rotated = _rotate(heads[:, :num_rotated], cos, sin)
+            outputs = []
+            for placed in rows:
+                turned = rotated[placed.queries].transpose(0, 1)
+                value = heads[placed.queries, num_rotated:].transpose(0, 1)
+                outputs.append(
+                    attend_row(index, turned[:num_heads], turned[num_heads:], value, scale, placed)
+                )
+            output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            states = torch.addmm(states, output.view(len(tokens), -1), layer.out)
+            if layer.out_bias is not None:
+                states += layer.out_bias
+            inputs = self._normed(states, layer.post_norm)
+            gate, up = _product(inputs, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
+            states = torch.addmm(states, functional.silu(gate).mul_(up), layer.down)
+            if layer.down_bias is not None:
+                states += layer.down_bias
+        return self._normed(states, self._norm)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the head makes of final hidden states; without the hooks of a module's call."""
+        return functional.linear(hidden, self._head.weight, self._head.bias)
+
+    def _normed(self, states: Tensor, gain: Tensor) -> Tensor:
+        """RMS norm; ``gain`` is times the root of the width. Half the time of torch's own."""
+        length = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+        return (states / torch.hypot(length, self._floor)).mul_(gain)
+
+    def _rotation(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [N, 1, head_dim] of positions before ``end``."""
+        if end > len(self._turns):
+            count = max(_FIRST_POSITIONS, 2 * end)
+            places = torch.arange(count, device=positions.device)[None]
+            cos, sin = self._base.rotary_emb(self._base.norm.weight, places)
+            sin[..., : sin.shape[-1] // 2] *= -1
+            self._turns = torch.stack([cos[0], sin[0]], 1).unsqueeze(2)
+        cos, sin = self._turns[positions].unbind(1)
+        return cos, sin
+
+
+def why_not_fused(model: PreTrainedModel) -> str | None:
+    """Why a model cannot be run by fused layers, or None."""
+    config = model.config
+    if is_reference():
+        return "the reference switch is on"
+    if type(model) not in (LlamaForCausalLM, Qwen2ForCausalLM):
+        return f"they are of Llama and Qwen2, and this is {type(model).__name__}"
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if model.device.type != "cpu" or dtypes != {torch.float32}:
+        return "they compute in float32 on a CPU"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") not in _ROPE_TYPES:
+        return f"they do not know {rope['rope_type']} positions"
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layer_types != {"full_attention"} or config.hidden_act != "silu":
+        return "they have full attention and SiLU in every layer"
+    modules = [
+        module
+        for layer in model.base_model.layers
+        for module in (*layer.self_attn.children(), *layer.mlp.children())
+        if getattr(module, "weight", None) is not None
+    ]
+    if any(type(module) is not nn.Linear for module in (*modules, model.get_output_embeddings())):
+        return "its matrices are no plain linear modules"
+    return None
+
+
+def _fuse(layer: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    root = len(layer.input_layernorm.weight) ** 0.5
+    qkv, qkv_bias = _fused(attention.q_proj, attention.k_proj, attention.v_proj)
+    gate_up, gate_up_bias = _fused(mlp.gate_proj, mlp.up_proj)
+    return _Layer(
+        layer.input_layernorm.weight.data * root,
+        qkv.t(),
+        qkv_bias,
+        attention.o_proj.weight.data.t(),
+        attention.o_proj.bias,
+        layer.post_attention_layernorm.weight.data * root,
+        gate_up.t(),
+        gate_up_bias,
+        mlp.down_proj.weight.data.t(),
+        mlp.down_proj.bias,
+    )
+
+
+def _fused(*modules: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weights and biases one after the other."""
+    biases = [module.bias for module in modules if module.bias is not None]
+    return _joined([module.weight for module in modules]), _joined(biases) if biases else None
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """One tensor; the parts become views of it, so that nothing is held twice."""
+    whole = torch.cat([part.data for part in parts])
+    for part, piece in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        part.data = piece
+    return whole
+
+
+def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(inputs, weight) if bias is None else torch.addmm(bias, inputs, weight)
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions; ``sin`` with the sign that its half of the dimensions takes."""
+    half = states.shape[-1] // 2
+    turned = torch.cat([states[..., half:], states[..., :half]], -1)
+    return torch.addcmul(states * cos, turned, sin)

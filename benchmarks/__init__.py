@@ -1,0 +1,1 @@
+"""Comparisons for developers, run from a checkout: see README.md beside this file."""

@@ -1,0 +1,157 @@
+"""One problem's text so far, and the jobs that its two engines are given.
+
+Knows how a job is put together from the settings; what becomes of its result is the loop's
+business.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from specguard.core.config import Author, SolveConfig, VerifierConfig
+from specguard.core.engine import (
+    Boundary,
+    Candidate,
+    Capture,
+    Engine,
+    FloatArray,
+    GenerateJob,
+    Observation,
+    Prompt,
+    Sampling,
+    ScoreJob,
+)
+from specguard.core.grounding import source_mask
+from specguard.core.randomness import Purpose, job_seed, uniforms
+from specguard.core.text import PieceTable
+
+
+class ProblemContext:
+    """The prompt, the tokens that were written behind it, and the engines.
+
+    ``step`` numbers the step in hand: it is part of what its randomness is keyed by.
+    ``num_verified_tokens`` counts what the target read in parallel.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[Author, Engine],
+        prompt: Prompt,
+        problem: int,
+        config: SolveConfig,
+    ) -> None:
+        self.engines = engines
+        self.prompt = prompt
+        self.config = config
+        self.token_ids = prompt.token_ids
+        self.step = 0
+        self.num_verified_tokens = 0
+        self._problem = problem
+        self._keys = {author: (object(), author) for author in engines}
+        self._num_known = len(prompt.token_ids)  # of the text, by the target
+        lead = engines.get("target") or engines["draft"]
+        self.tokenizer = lead.tokenizer
+        self.pieces = PieceTable(lead.tokenizer)
+        self.context_limit = min(engine.context_limit for engine in engines.values())
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still be written."""
+        num_written = len(self.token_ids) - len(self.prompt.token_ids)
+        return min(self.config.max_tokens - num_written, self.context_limit - len(self.token_ids))
+
+    def append(self, token_ids: Sequence[int]) -> None:
+        """Make tokens part of the text."""
+        self.token_ids += tuple(token_ids)
+
+    def boundary(self, begun: tuple[int, ...] = ()) -> Boundary:
+        """Where the step in hand ends; it may have ``begun`` with the last tokens of the text."""
+        cap = min(self.config.max_step_tokens - len(begun), self.room)
+        return Boundary(self.config.delimiter, self.tokenizer.eos_ids, cap, begun)
+
+    def draws(self, purpose: Purpose, num_candidates: int, count: int) -> FloatArray:
+        """Uniforms [num_candidates, count] of the step in hand."""
+        seed = self.config.seed
+        return uniforms(seed, self._problem, purpose, self.step, num_candidates, count)
+
+    async def generate(
+        self,
+        author: Author,
+        sampling: Sampling,
+        num_candidates: int = 1,
+        *,
+        begun: tuple[int, ...] = (),
+        first_candidate: int = 0,
+        embeddings: bool = False,
+    ) -> list[Candidate]:
+        """Candidates by one model for the step in hand, or for the rest of one that is begun."""
+        boundary = self.boundary(begun)
+        purpose = Purpose.DRAFT if author == "draft" else Purpose.REWRITE
+        num_drawn = first_candidate + num_candidates
+        draws = self.draws(purpose, num_drawn, boundary.max_tokens)[first_candidate:]
+        job = GenerateJob(
+            key=self._keys[author],
+            prefix=self.token_ids,
+            sampling=sampling,
+            boundary=boundary,
+            num_candidates=num_candidates,
+            seed=job_seed(self.config.seed, self._problem, purpose, self.step, first_candidate),
+            uniforms=draws,
+            first_candidate=first_candidate,
+            hidden_states=embeddings,
+        )
+        return await self.run(author, job)
+
+    async def run(self, author: Author, job: GenerateJob) -> list[Candidate]:
+        """Hand a job on; the target reads what it does not know of the text on the way."""
+        if author == "target":
+            self._saw(len(job.prefix))
+        return await self.engines[author].generate(job)
+
+    async def score(
+        self,
+        author: Author,
+        continuations: Sequence[tuple[int, ...]],
+        capture: Capture | None = None,
+        distributions: Sampling | None = None,
+    ) -> list[Observation]:
+        """What one model says of continuations of the text."""
+        if author == "target":
+            self._saw(len(self.token_ids))
+            self.num_verified_tokens += sum(map(len, continuations))
+        job = ScoreJob(
+            key=self._keys[author],
+            prefix=self.token_ids,
+            continuations=tuple(continuations),
+            capture=capture,
+            distributions=distributions,
+        )
+        return await self.engines[author].score(job)
+
+    def knows(self, author: Author) -> None:
+        """A model has read or written all of the text."""
+        if author == "target":
+            self._num_known = len(self.token_ids)
+
+    def key(self, author: Author) -> tuple[object, Author]:
+        """What an engine's jobs of this problem and role have in common."""
+        return self._keys[author]
+
+    def capture(self, verifier: VerifierConfig) -> Capture | None:
+        """What the verifying model is to read of its attention, None where it cannot or need not.
+
+        Attention that weighs nothing is read for the sake of a detailed record only.
+        """
+        if not verifier.needs_attention and not self.config.detail:
+            return None
+        if "attention" not in self.engines[verifier.model].features:
+            return None
+        is_source = source_mask(self.prompt, len(self.token_ids), verifier.sources)
+        return Capture(is_source, verifier.num_layers, verifier.epsilon)
+
+    def release(self) -> None:
+        """The problem is over."""
+        for author, engine in self.engines.items():
+            engine.release(self._keys[author])
+
+    def _saw(self, length: int) -> None:
+        self.num_verified_tokens += max(0, length - self._num_known)
+        self._num_known = max(self._num_known, length)

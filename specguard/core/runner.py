@@ -1,0 +1,93 @@
+"""The synchronous face of coroutines.
+
+A caller without a running event loop has the work done in its own thread. Inside a running one, as
+in a notebook, another thread does it.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine, Generator
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Runner:
+    """An event loop for as long as one piece of work takes; a context manager."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> "Runner":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.run(_end_tasks())
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()
+            self._loop.close()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine; an interruption cancels it and all that it has begun."""
+        if not _is_loop_running():
+            return self._complete(work)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "specguard")
+        future = self._pool.submit(self._complete, work)
+        try:
+            return future.result()
+        except BaseException:
+            if not future.done():  # this thread was interrupted, the other one goes on
+                for task in asyncio.all_tasks(self._loop):
+                    self._loop.call_soon_threadsafe(task.cancel)
+            raise
+
+    def _complete(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            return self._loop.run_until_complete(work)
+        except BaseException:
+            self._loop.run_until_complete(_end_tasks())
+            raise
+
+
+def drain(items: AsyncGenerator[T]) -> Generator[T]:
+    """The items of an asynchronous generator; closing this one closes it."""
+    with Runner() as runner:
+        try:
+            while True:
+                try:
+                    item = runner.run(_next(items))
+                except StopAsyncIteration:
+                    return
+                yield item
+        finally:
+            runner.run(items.aclose())
+
+
+async def _end_tasks() -> None:
+    """Cancel what is under way in the event loop, tasks of an engine's own included."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _next(items: AsyncGenerator[T]) -> T:
+    return await anext(items)
+
+
+def _is_loop_running() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,78 @@
+"""Engines over a checkpoint, as the contract and the tests of the local driver want them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specguard.backends.local.engine import LocalEngine
+from specguard.core import Engine
+from tests.reference import ReferenceEngine
+
+LOCAL_ENGINES = ("torch", "torch, late", "mlx")
+
+
+def load(name: str, folder: Path) -> Engine:
+    """An engine by name: "torch" or "mlx", or "torch, late", which reads tokens as GPUs do."""
+    if name.startswith("reference"):
+        return ReferenceEngine.load(folder)
+    return load_local(name, folder)
+
+
+def load_local(name: str, folder: Path) -> LocalEngine:
+    if name.startswith("mlx"):
+        pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+        from specguard.backends.mlx.loading import load_model as load_mlx
+
+        return load_mlx(str(folder))
+    from specguard.backends.pytorch.loading import load_model
+
+    engine = load_model(str(folder))
+    if name.endswith("late"):
+        engine.layer.reads_late = True  # type: ignore[misc]
+    return engine
+
+
+def over(layer: Any, engine: LocalEngine) -> LocalEngine:
+    """An engine like another one, with nothing kept, over a layer."""
+    return LocalEngine(engine.name, layer, engine.tokenizer, engine.context_limit)
+
+
+def fresh(engine: LocalEngine) -> LocalEngine:
+    """The same model, with nothing kept."""
+    return over(engine.layer, engine)
+
+
+class WatchedLayer:
+    """A layer whose passes are counted: ``passes`` are the rows of each.
+
+    ``watch`` is called with the token ids before a pass, and may raise.
+    """
+
+    def __init__(self, layer: Any, watch: Callable[[list[int]], None] | None = None) -> None:
+        self._layer, self._watch = layer, watch
+        self.passes: list[int] = []
+
+    def forward(self, rows: Any, token_ids: Any, *rest: Any) -> Any:
+        if self._watch is not None:
+            self._watch(token_ids.tolist() if hasattr(token_ids, "tolist") else list(token_ids))
+        self.passes.append(len(rows))
+        return self._layer.forward(rows, token_ids, *rest)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+def spoil_new_memory(patch: pytest.MonkeyPatch) -> None:
+    """Columns that nobody has written hold what memory holds: anything, so here the worst."""
+    from specguard.backends.pytorch.kv import KVBuffer
+
+    allocate = KVBuffer._allocate
+
+    def spoiled(self: KVBuffer, *arguments: Any) -> None:
+        allocate(self, *arguments)
+        assert self.data is not None
+        self.data.fill_(float("nan"))
+
+    patch.setattr(KVBuffer, "_allocate", spoiled)
