@@ -1,39 +1,37 @@
-"""The README's code runs, and its commands exist."""
+"""The README: short, its output is what the command prints, its code runs."""
 
 import re
-from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from specguard.cli.main import main
-
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+from tests.pages import README, blocks, commands
+from tests.test_cli import invoke
 
 
-def python_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_it_is_short() -> None:
+    assert len(README.read_text("utf-8").splitlines()) <= 150
 
 
-@pytest.mark.parametrize("index", range(len(python_blocks())))
-def test_python_blocks_run(index: int, capsys: pytest.CaptureFixture[str]) -> None:
-    block = python_blocks()[index]
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+def test_the_output_shown_is_what_the_command_prints() -> None:
+    [shown] = blocks(README, "text")
+    [arguments] = [command[1:] for command in commands(README) if command[1] == "solve"]
+    result = invoke(*arguments)
+    hint, *steps, statistics = shown.splitlines()
+    said, measured = result.stderr.splitlines()
+    assert said == hint
+    assert [line.rstrip() for line in result.stdout.splitlines()] == steps
+    # Times differ, counts do not.
+    _, tokens, _, *counts = measured.split(" | ")
+    assert [tokens, *counts] == [statistics.split(" | ")[1], *statistics.split(" | ")[3:]]
+
+
+@pytest.mark.parametrize("block", blocks(README, "python"))
+def test_python_blocks_run(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_block(block, capsys)
+
+
+def run_block(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a block says that it prints stands behind "#>" at its end."""
+    exec(compile(block, "page", "exec"), {"__name__": "page"})
     printed = capsys.readouterr().out.splitlines()
-    # What a block says that it prints stands behind "#>" at its end.
     assert printed == re.findall(r"^#> (.*)$", block, re.MULTILINE)
-
-
-def test_the_example_of_an_own_model_is_short() -> None:
-    [block] = [block for block in python_blocks() if "a LanguageModel" in block]
-    assert len(block.splitlines()) <= 40
-
-
-def test_named_options_exist() -> None:
-    help_text = "".join(
-        CliRunner().invoke(main, [command, "--help"], catch_exceptions=False).output
-        for command in ("solve", "bench", "calibrate")
-    )
-    for flag in set(re.findall(r"`(--[a-z-]+)", README)):
-        assert flag in help_text, flag
