@@ -45,7 +45,7 @@ def fresh(engine: LocalEngine) -> LocalEngine:
 
 
 class WatchedLayer:
-    """A layer whose passes are counted: ``passes`` are the rows of each.
+    """A layer that counts: ``passes`` are the rows of each pass.
 
     ``watch`` is called with the token ids before a pass, and may raise.
     """
@@ -53,11 +53,13 @@ class WatchedLayer:
     def __init__(self, layer: Any, watch: Callable[[list[int]], None] | None = None) -> None:
         self._layer, self._watch = layer, watch
         self.passes: list[int] = []
+        self.num_tokens = 0
 
     def forward(self, rows: Any, token_ids: Any, *rest: Any) -> Any:
         if self._watch is not None:
             self._watch(token_ids.tolist() if hasattr(token_ids, "tolist") else list(token_ids))
         self.passes.append(len(rows))
+        self.num_tokens += len(token_ids)
         return self._layer.forward(rows, token_ids, *rest)
 
     def __getattr__(self, name: str) -> Any:

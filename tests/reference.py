@@ -35,7 +35,7 @@ from tests.scripted import CharTokenizer
 
 @dataclass(frozen=True)
 class Pass:
-    """What a model says of T tokens: logits [T, V], states [T, H], a layer's weights [heads, T, T]."""
+    """What is said of T tokens: logits [T, V], states [T, H], by layer weights [heads, T, T]."""
 
     logits: FloatArray
     hidden: FloatArray

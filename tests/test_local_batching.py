@@ -4,17 +4,14 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from specguard.backends.local.engine import LocalEngine
-from specguard.backends.local.layer import Outputs, Row
-from specguard.backends.pytorch.loading import load_model
-from specguard.core import SolveConfig, Solver, SpecguardError, Task, solve_many
+from specguard.core import SolveConfig, Solver, Task, solve_many
 from tests.contract.calls import (
     FLAT,
     PREFIX,
@@ -25,52 +22,24 @@ from tests.contract.calls import (
     run_together,
     score_job,
 )
+from tests.engines import WatchedLayer, fresh, load_local, over
 
-POISON = 901  # a token id that makes every pass fail that forwards it
 PREFIXES = [(5, 40 + number, 41, 60, 61 + number, 7) for number in range(4)]
-
-
-class Watched:
-    """A tensor layer that counts its passes and fails where it is told to."""
-
-    def __init__(self, layer: Any) -> None:
-        self._layer = layer
-        self.passes: list[int] = []  # rows of each pass
-        self.num_tokens = 0
-        self.error: Exception | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
-
-    def forward(
-        self,
-        rows: Sequence[Row],
-        token_ids: Any,
-        positions: Sequence[int],
-        wanted: Sequence[int] | None,
-    ) -> Outputs | None:
-        self.passes.append(len(rows))
-        self.num_tokens += len(positions)
-        if self.error is not None and POISON in list(token_ids):
-            raise self.error
-        outputs: Outputs | None = self._layer.forward(rows, token_ids, positions, wanted)
-        return outputs
 
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint: Path) -> LocalEngine:
-    return load_model(str(checkpoint))
+    return load_local("torch", checkpoint)
 
 
 @pytest.fixture
 def engine(loaded: LocalEngine) -> LocalEngine:
     """An engine with nothing kept, over a watched layer."""
-    layer: Any = Watched(loaded.layer)
-    return LocalEngine(loaded.name, layer, loaded.tokenizer, loaded.context_limit)
+    return over(WatchedLayer(loaded.layer), loaded)
 
 
-def watched(engine: LocalEngine) -> Watched:
-    assert isinstance(engine.layer, Watched)
+def watched(engine: LocalEngine) -> WatchedLayer:
+    assert isinstance(engine.layer, WatchedLayer)
     return engine.layer
 
 
@@ -89,7 +58,7 @@ def reading() -> list[Any]:
 
 def alone(loaded: LocalEngine, job: Any) -> list[Any]:
     """The result of a job on an engine that has seen nothing else."""
-    return run(LocalEngine(loaded.name, loaded.layer, loaded.tokenizer, loaded.context_limit), job)
+    return run(fresh(loaded), job)
 
 
 def test_problems_share_passes(engine: LocalEngine, loaded: LocalEngine) -> None:
@@ -161,85 +130,6 @@ def test_jobs_of_two_kinds_both_come_to_an_end(engine: LocalEngine) -> None:
     assert finished[0] == "once"
 
 
-@pytest.mark.parametrize("kind", ["generate", "score"])
-def test_an_error_in_a_shared_pass_is_the_guilty_job_s_alone(
-    kind: str, engine: LocalEngine, loaded: LocalEngine
-) -> None:
-    watched(engine).error = SpecguardError("this token is poison")
-    jobs = drawing(engine) if kind == "generate" else reading()
-    poisoned = (*PREFIX, POISON)
-    guilty: Any = (
-        generate_job(engine, poisoned, key="guilty")
-        if kind == "generate"
-        else score_job([[50]], poisoned, key="guilty")
-    )
-    outcomes = gather(engine, [*jobs, guilty])
-    assert isinstance(outcomes[-1], SpecguardError)
-    assert outcomes[-1].message == "this token is poison"
-    for found, job in zip(outcomes, jobs, strict=False):
-        assert_same(found, alone(loaded, job))
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError(
-            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: 9 GB"
-        ),
-        MemoryError(),
-    ],
-)
-def test_memory_that_runs_out_is_that_problem_s_outcome(
-    error: Exception, engine: LocalEngine, loaded: LocalEngine
-) -> None:
-    watched(engine).error = error
-    jobs = drawing(engine)
-    outcomes = gather(engine, [*jobs, generate_job(engine, (*PREFIX, POISON), key="guilty")])
-    assert isinstance(outcomes[-1], SpecguardError)
-    assert outcomes[-1].message == f"memory ran out while {engine.name} was running"
-    assert "\n" not in outcomes[-1].message
-    assert "--k" in outcomes[-1].hint
-    for found, job in zip(outcomes, jobs, strict=False):
-        assert_same(found, alone(loaded, job))
-
-
-def test_a_defect_reaches_everybody_who_waits(engine: LocalEngine) -> None:
-    watched(engine).error = RuntimeError("a defect")
-    guilty = generate_job(engine, (*PREFIX, POISON), sampling=FLAT, key="guilty")
-    outcomes = gather(engine, [*drawing(engine), guilty])
-    assert all(isinstance(outcome, RuntimeError) for outcome in outcomes)
-
-
-def gather(engine: LocalEngine, jobs: Sequence[Any]) -> list[Any]:
-    """Results or errors of jobs that are there at the same time."""
-
-    async def work() -> list[Any]:
-        asked = (
-            engine.generate(job) if hasattr(job, "boundary") else engine.score(job) for job in jobs
-        )
-        return await asyncio.gather(*asked, return_exceptions=True)
-
-    return asyncio.run(work())
-
-
-def test_a_cancelled_job_leaves_before_the_next_passes(engine: LocalEngine) -> None:
-    cut = boundary(engine, 64, "\0")
-    jobs = [generate_job(engine, PREFIXES[key], cap=64, boundary=cut, key=key) for key in range(2)]
-
-    async def work() -> None:
-        kept, cancelled = (asyncio.create_task(engine.generate(job)) for job in jobs)
-        while len(watched(engine).passes) < 8:
-            await asyncio.sleep(0)
-        cancelled.cancel()
-        engine.release(1)
-        await asyncio.gather(kept, cancelled, return_exceptions=True)
-
-    asyncio.run(work())
-    assert watched(engine).passes.count(2) <= 16
-    assert len(watched(engine).passes) == 64
-    assert engine.num_kept == 1
-
-
 def test_a_beginning_in_common_is_read_once(engine: LocalEngine, loaded: LocalEngine) -> None:
     beginning = tuple(range(30, 60))
     jobs = [score_job([[50]], (*beginning, 70 + key), key=key) for key in range(3)]
@@ -276,34 +166,24 @@ def test_nothing_is_left_of_an_event_loop(engine: LocalEngine) -> None:
     assert loops[0]() is None
 
 
-@contextmanager
-def interrupted(engine: LocalEngine, after: int) -> Iterator[None]:
-    """Ctrl-C in the middle of a pass."""
-    layer = watched(engine)
-    forward = layer._layer.forward
+def test_an_interruption_frees_everything_and_spoils_nothing(loaded: LocalEngine) -> None:
+    num_passes = 0
 
-    def stop(*arguments: Any) -> Any:
-        if len(layer.passes) > after:
+    def stop(token_ids: list[int]) -> None:
+        nonlocal num_passes
+        num_passes += 1
+        if num_passes == 12:
             raise KeyboardInterrupt
-        return forward(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer._layer, "forward", stop)
-        yield
-
-
-def test_an_interruption_frees_everything_and_spoils_nothing(engine: LocalEngine) -> None:
+    engine = over(WatchedLayer(loaded.layer, stop), loaded)
     config = SolveConfig(
         method="target", max_tokens=24, max_step_tokens=8, max_steps=3, draft_cost=None
     )
     solver = Solver(target=engine, config=config)
-    expected = solver.solve("Some problem.").text
-    with (
-        interrupted(engine, after=len(watched(engine).passes) + 12),
-        pytest.raises(KeyboardInterrupt),
-    ):
+    with pytest.raises(KeyboardInterrupt):
         list(solve_many(solver, ["Some problem.", "Another one.", "A third."], batch_size=3))
     assert engine.num_kept == 0
+    expected = Solver(target=loaded, config=config).solve("Some problem.").text
     assert solver.solve("Some problem.").text == expected
 
 

@@ -34,7 +34,7 @@ def test_a_candidate_sees_the_prefix_and_its_own_tokens(
         tree = CandidateTree(base, base + num_earlier, is_merged)
     is_merged = is_merged and not is_reference
     owners: dict[int, Any] = {}  # what each column behind the earlier ones stands for
-    paths: dict[int, tuple[int, ...]] = {number: () for number in range(len(passes[0]))}
+    paths: dict[int, tuple[int, ...]] = dict.fromkeys(range(len(passes[0])), ())
     alive = [(0, number) for number in paths]
     for drawn in passes:
         going_on = [(leaf, drawn[number], number) for leaf, number in alive if drawn[number] != 0]

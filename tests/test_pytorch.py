@@ -36,15 +36,27 @@ from tests.contract.calls import (
     score_job,
 )
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
-def test_what_slides_or_soft_caps_runs_without_capture(tmp_path: Path) -> None:
+
+@pytest.mark.parametrize("reads_late", [False, True])
+def test_what_slides_or_soft_caps_runs_without_capture(reads_late: bool, tmp_path: Path) -> None:
     sliding = make_checkpoint(
         tmp_path / "qwen", "Qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=2
     )
     capped = make_checkpoint(tmp_path / "gemma", "Gemma2", head_dim=16, sliding_window=8)
     for folder, reason in (sliding, "sliding-window"), (capped, "soft-caps"):
         engine = load_model(str(folder))
+        engine.layer.reads_late = reads_late  # type: ignore[misc]
         assert reason in engine.reasons["attention"]
+        assert engine.note.startswith("transformers' own layers run it: they ")
         prefix = engine.tokenizer.encode_prompt(PROBLEM, None, False).token_ids
         reference = eager(folder)
         # Of three candidates, each is continued once: their columns lie apart.
@@ -52,7 +64,8 @@ def test_what_slides_or_soft_caps_runs_without_capture(tmp_path: Path) -> None:
         for candidate in candidates:
             assert_logprobs(reference, prefix, candidate)
             longer = prefix + candidate.token_ids
-            run(engine, generate_job(engine, prefix, 3, sampling=FLAT))
+            run(engine, generate_job(engine, prefix, 2, sampling=FLAT))
+            run(engine, generate_job(engine, prefix, 1, sampling=FLAT, first=2))
             [further] = run(engine, generate_job(engine, longer, 1, sampling=FLAT, seed=1))
             assert_logprobs(reference, longer, further)
         with pytest.raises(SpecguardError, match="cannot be captured"):
@@ -116,6 +129,7 @@ def test_devices_and_dtypes_are_checked(checkpoint: Path) -> None:
     [
         ("Llama", {"head_dim": 64}),
         ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+        ("Llama", {"max_position_embeddings": 2048, "rope_parameters": LLAMA3}),
         ("Qwen2", {}),
     ],
 )
@@ -135,14 +149,15 @@ def test_fused_layers_do_what_the_model_s_own_do(
     ]
     for job in jobs:
         assert_same(run(fused, job), run(own, job))
-    pairs = zip(run_together(fused, batch()), run_together(own, batch()), strict=True)
+    batch = different_lengths(fused.context_limit)
+    pairs = zip(run_together(fused, batch), run_together(own, batch), strict=True)
     for found, expected in pairs:
         assert_same(found, expected)
 
 
-def batch() -> list[ScoreJob]:
-    """Problems of different lengths, one of them late in the context."""
-    lengths = {"short": 3, "middle": 50, "late": 500}
+def different_lengths(limit: int) -> list[ScoreJob]:
+    """Problems, one of them late in the context."""
+    lengths = {"short": 3, "middle": 50, "late": limit - 12}
     return [
         score_job([[60, 61]], tuple(5 + place % 90 for place in range(length)), key=name)
         for name, length in lengths.items()

@@ -201,6 +201,7 @@ class Batcher:
             for ticket in [each for each in kind.under_way if each.is_dropped]:
                 kind.under_way.remove(ticket)
                 ticket.engine.drop(kind.drawing, ticket.state)
+                ticket.state = None  # whoever holds the cancelled task holds the ticket
             if not kind.num_wanted:
                 del self._kinds[name]
 

@@ -70,10 +70,12 @@ class TorchLayer:
             raise SpecguardError(f"{name} has no output head: it is not a causal language model")
         head.register_forward_pre_hook(self._keep_head_input)
         self._fused: FusedLayers | None = None
-        self.why_not_fused = why_not_fused(model) if self._has_our_attention else None
+        self.why_not_fused = why_not_fused(model)
+        if self.why_not_fused is None and not self._has_our_attention:
+            self.why_not_fused = "they have no attention but this package's"
         with torch.inference_mode():
             self._probe(name)
-            if self._has_our_attention and self.why_not_fused is None:
+            if self.why_not_fused is None:
                 self._fuse()
 
     def new_buffer(self) -> KVBuffer:
@@ -428,7 +430,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch, on any device, could not have the memory that it wanted."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    signs = "not enough memory", "out of memory"
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def _buffer_of(row: Row) -> KVBuffer:

@@ -92,6 +92,20 @@ def run_together(engine: Engine, jobs: Sequence[GenerateJob | ScoreJob]) -> list
     return asyncio.run(work())
 
 
+def outcomes(engine: Engine, jobs: Sequence[GenerateJob | ScoreJob]) -> list[Any]:
+    """The results or errors of jobs that are there at the same time."""
+
+    async def work() -> list[Any]:
+        verbs = [
+            engine.generate(job) if isinstance(job, GenerateJob) else engine.score(job)
+            for job in jobs
+        ]
+        waiting = asyncio.gather(*verbs, return_exceptions=True)
+        return await asyncio.wait_for(waiting, 30)  # seconds; nobody waits for ever
+
+    return asyncio.run(work())
+
+
 def capture(
     prefix: Sequence[int], sources: str = "context", num_layers: int = 3, epsilon: float = 0.01
 ) -> Capture:

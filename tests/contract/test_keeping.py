@@ -1,4 +1,4 @@
-"""The cache rule: whatever an engine keeps of earlier jobs, each gives what a fresh engine gives."""
+"""The cache rule: whatever is kept of earlier jobs, each gives what a fresh engine gives."""
 
 import asyncio
 from collections.abc import Iterator
