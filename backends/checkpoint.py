@@ -38,6 +38,12 @@ class Checkpoint:
         return str(self.config.get("model_type", "unknown"))
 
     @property
+    def number_type(self) -> str:
+        """What the weights are numbers of, as the config says: ``bfloat16``, ``float32``, ..."""
+        name = self.text_config.get("dtype") or self.text_config.get("torch_dtype")
+        return str(name or self.config.get("dtype") or self.config.get("torch_dtype") or "")
+
+    @property
     def is_reward_model(self) -> bool:
         """Whether it scores steps in place of predicting tokens."""
         names = self.config.get("architectures") or []

@@ -56,7 +56,7 @@ def test_what_slides_or_soft_caps_runs_without_capture(reads_late: bool, tmp_pat
         engine = load_model(str(folder))
         engine.layer.reads_late = reads_late  # type: ignore[misc]
         assert reason in engine.reasons["attention"]
-        assert engine.note.startswith("transformers' own layers run it: they ")
+        assert engine.note.startswith("transformers' own layers run it: fused layers ")
         prefix = engine.tokenizer.encode_prompt(PROBLEM, None, False).token_ids
         reference = eager(folder)
         # Of three candidates, each is continued once: their columns lie apart.
@@ -131,6 +131,7 @@ def test_devices_and_dtypes_are_checked(checkpoint: Path) -> None:
         ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
         ("Llama", {"max_position_embeddings": 2048, "rope_parameters": LLAMA3}),
         ("Qwen2", {}),
+        ("Qwen3", {"head_dim": 64}),
     ],
 )
 def test_fused_layers_do_what_the_model_s_own_do(
@@ -164,6 +165,42 @@ def different_lengths(limit: int) -> list[ScoreJob]:
     ]
 
 
+def test_fused_layers_run_in_bfloat16(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = load_model(str(checkpoint))
+    fused = load_model(str(checkpoint), dtype="bfloat16")
+    assert fused.note == ""
+    monkeypatch.setenv("SPECGUARD_REFERENCE", "1")
+    own = load_model(str(checkpoint), dtype="bfloat16")
+    job = score_job([range(30, 70)])
+    [expected], [by_fused], [by_own] = (run(engine, job) for engine in (exact, fused, own))
+    deviations = [
+        float(np.abs(seen.token_logprobs - expected.token_logprobs).max())
+        for seen in (by_fused, by_own)
+    ]
+    assert 0 < deviations[0] < 2 * deviations[1]  # as exact as transformers' own layers
+
+
+@pytest.mark.parametrize(
+    ("stored", "size", "computes", "expected"),
+    [
+        ("bfloat16", 10**9, True, torch.bfloat16),
+        ("bfloat16", 10**9, False, torch.float32),
+        ("float32", 10**9, True, torch.float32),
+        ("bfloat16", 10**6, True, torch.float32),
+    ],
+)
+def test_large_checkpoints_in_bfloat16_stay_so_where_the_processor_computes_with_it(
+    stored: str, size: int, computes: bool, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specguard.backends.checkpoint import Checkpoint
+    from specguard.backends.pytorch import loading
+
+    monkeypatch.setattr(loading, "_computes_bfloat16", lambda: computes)
+    found = Checkpoint("name", Path(), {"dtype": stored}, size, 2 * size)
+    assert loading._dtype("auto", torch.device("cpu"), found) == expected
+    assert loading._dtype("float32", torch.device("cpu"), found) == torch.float32
+
+
 def test_fused_layers_hold_nothing_twice(checkpoint: Path) -> None:
     layer = load_model(str(checkpoint)).layer
     assert isinstance(layer, TorchLayer)
@@ -181,7 +218,7 @@ def test_fused_layers_that_differ_are_not_used(
     if spoiled == "_rotate":
         monkeypatch.setattr(fused, "_rotate", lambda states, cos, sin: states)
     elif spoiled == "_normed":
-        monkeypatch.setattr(fused.FusedLayers, "_normed", lambda self, states, gain: states)
+        monkeypatch.setattr(fused, "_normed", lambda states, gain, floor: states)
     else:  # right but for late positions
         rotation = fused.FusedLayers._rotation
         monkeypatch.setattr(
@@ -190,9 +227,7 @@ def test_fused_layers_that_differ_are_not_used(
             lambda self, positions, end: rotation(self, positions.clamp(max=300), end),
         )
     engine = load_model(str(checkpoint))
-    assert engine.note == (
-        "transformers' own layers run it: they come to other logits than the model's own"
-    )
+    assert engine.note == ("transformers' own layers run it: fused layers come to other logits")
 
 
 def test_families_without_fused_layers_say_so_once(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ wait for one another.
 
 import asyncio
 import math
+import traceback
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ class _Kind:
 
 
 class Batcher:
-    """The jobs of one event loop. Make none: `submit` finds the one of the running loop."""
+    """The jobs of one event loop. Make none: `batcher` finds the one of the running loop."""
 
     def __init__(self) -> None:
         self._open: set[Ticket] = set()
@@ -82,7 +83,7 @@ class Batcher:
             self._scores.append(ticket)
         else:
             self._kinds.setdefault(engine.kind(job), _Kind()).waiting.append(ticket)
-        if self._work is None:
+        if self._work is None or self._work.done():
             self._work = loop.create_task(self._run())
             self._work.add_done_callback(_hear_out)
         self._open.add(ticket)
@@ -117,10 +118,13 @@ class Batcher:
         engine = max(engines, key=engines.__getitem__)
         tickets = [ticket for ticket in self._scores if ticket.engine is engine]
         self._scores = [ticket for ticket in self._scores if ticket.engine is not engine]
+        failure: Exception | None = None
         try:
             results = engine.score_now([ticket.job for ticket in tickets])  # type: ignore[misc]
-        except SpecguardError as error:
-            self._each_alone(tickets, error)
+        except Exception as error:
+            failure = error
+        if failure is not None:
+            self._each_alone(tickets, failure)
             return
         for ticket, result in zip(tickets, results, strict=True):
             ticket.give(result)
@@ -143,11 +147,14 @@ class Batcher:
         num_passes = 0
         while kind.under_way and num_wanted > 0:
             engine = kind.under_way[0].engine
+            failure: Exception | None = None
             try:
                 done = engine.advance(kind.drawing)
-            except SpecguardError as error:
+            except Exception as error:
+                failure = error
+            if failure is not None:
                 tickets, kind.under_way, kind.drawing = kind.under_way, [], None
-                self._each_alone(tickets, error)
+                self._each_alone(tickets, failure)
                 break
             for state, result in done:
                 ticket = next(each for each in kind.under_way if each.state is state)
@@ -175,13 +182,14 @@ class Batcher:
                 kind.drawing = ticket.engine.new_drawing(ticket.job)
             try:
                 ticket.state = ticket.engine.join(kind.drawing, ticket.job)
-            except SpecguardError as error:
+            except Exception as error:
                 ticket.fail(error)
             else:
                 kind.under_way.append(ticket)
 
-    def _each_alone(self, tickets: list[Ticket], error: SpecguardError) -> None:
+    def _each_alone(self, tickets: list[Ticket], error: Exception) -> None:
         """A pass came to nothing: whose fault it was shows when each job is done alone."""
+        _let_go(error)
         if len(tickets) == 1:
             [ticket] = tickets
             ticket.engine.release(ticket.job.key)
@@ -190,7 +198,8 @@ class Batcher:
         for ticket in tickets:
             try:
                 ticket.give(ticket.engine.do_now(ticket.job))
-            except SpecguardError as own:
+            except Exception as own:
+                _let_go(own)
                 ticket.fail(own)
 
     def _clean(self) -> None:
@@ -207,12 +216,22 @@ class Batcher:
 
     def _fail_all(self, error: BaseException) -> None:
         """Nobody is to wait for ever."""
-        self._scores, self._kinds = [], {}
+        kinds, self._scores, self._kinds = self._kinds, [], {}
+        for kind in kinds.values():
+            for ticket in kind.under_way:
+                ticket.engine.drop(kind.drawing, ticket.state)
         for ticket in self._open:
             if isinstance(error, Exception):
                 ticket.fail(error)
             else:
                 ticket.future.cancel()
+
+
+def _let_go(error: BaseException | None) -> None:
+    """What a pass had in its hands when it failed is not to be kept as long as the error is."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _hear_out(work: asyncio.Task[None]) -> None:

@@ -81,11 +81,6 @@ class Drawing:
         self._firsts: list[int] = []  # row of each job's first leaf in the outputs
         self._log = DrawLog(layer, self._keeps_hidden)
 
-    @property
-    def num_jobs(self) -> int:
-        """Jobs under way."""
-        return len(self._jobs) + len(self._joining)
-
     def add(self, job: GenerateJob, kept: KeptSequence) -> DrawnJob:
         """A job joins; until it is done or dropped, nothing else may use what is kept."""
         assert job.uniforms is not None
@@ -239,7 +234,6 @@ class Drawing:
             kept.hold(prefix)
         if kept.ahead is None and len(job.drafts) > 1:  # further candidates may be asked for
             kept.ahead = self._layer.take(outputs, [first])
-            self._layer.settle(kept.ahead)
         job.tree = CandidateTree(len(prefix), kept.num_columns, not self._layer.reads_late)
         job.alive = [(0, number) for number in job.drafts]
 
@@ -287,7 +281,6 @@ class Drawing:
                     del draft.columns[-1]
                 else:
                     draft.ahead = self._layer.take(self._outputs, [first + leaf])
-                    self._layer.settle(draft.ahead)
             job.alive = going_on
 
     def _leave(self, jobs: Sequence[DrawnJob]) -> None:

@@ -4,9 +4,8 @@ Serves any number of problems; their jobs share passes. May be used from several
 loops, which take turns.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from threading import RLock
-from types import MappingProxyType
 
 import numpy as np
 
@@ -18,13 +17,14 @@ from specguard.backends.local.scoring import score_together
 from specguard.core.engine import (
     ALL_FEATURES,
     Candidate,
+    Capture,
     Feature,
     GenerateJob,
     Observation,
     ScoreJob,
     Tokenizer,
 )
-from specguard.core.errors import SpecguardError
+from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.text import PieceTable
 
 _SHORTEST_BEGINNING = 8  # tokens; a shorter one costs less to read than to copy
@@ -46,38 +46,17 @@ class LocalEngine:
         attention_refusal: str | None = None,
         note: str = "",
     ) -> None:
+        self.name, self.tokenizer, self.context_limit = name, tokenizer, context_limit
         self.layer = layer
         self.note = note
-        self._name, self._tokenizer, self._context_limit = name, tokenizer, context_limit
-        self._refusal = attention_refusal
+        is_captured = attention_refusal is None
+        self.features = ALL_FEATURES if is_captured else ALL_FEATURES - {"attention"}
+        self.reasons: dict[Feature, str] = {}
+        if attention_refusal is not None:
+            self.reasons["attention"] = attention_refusal
         self._pieces = PieceTable(tokenizer)
         self._kept: dict[Hashable, KeptSequence] = {}
         self._lock = RLock()
-
-    @property
-    def name(self) -> str:
-        """Folder or hub id."""
-        return self._name
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's own tokenizer."""
-        return self._tokenizer
-
-    @property
-    def context_limit(self) -> int:
-        """Most tokens that the model was made for."""
-        return self._context_limit
-
-    @property
-    def features(self) -> frozenset[Feature]:
-        """All, but for attention where it cannot be captured."""
-        return ALL_FEATURES if self._refusal is None else ALL_FEATURES - {"attention"}
-
-    @property
-    def reasons(self) -> Mapping[Feature, str]:
-        """Why attention cannot be captured."""
-        return MappingProxyType({} if self._refusal is None else {"attention": self._refusal})
 
     @property
     def num_bytes_per_token(self) -> int:
@@ -100,11 +79,8 @@ class LocalEngine:
     async def score(self, job: ScoreJob) -> list[Observation]:
         """Observe continuations, beside those of other problems."""
         self._check(job.prefix, max(map(len, job.continuations)))
-        if job.capture is not None and self._refusal is not None:
-            raise SpecguardError(
-                f"the attention of {self.name} cannot be captured: {self._refusal}",
-                "verify by log-probability alone: --beta 1",
-            )
+        if job.capture is not None:
+            self._check_capture(job.capture)
         observations: list[Observation] = await batcher().run(self, job)
         return observations
 
@@ -179,7 +155,7 @@ class LocalEngine:
             self.join(drawing, job)
             while not (done := self.advance(drawing)):
                 pass
-        except SpecguardError:
+        except Exception:
             self.release(job.key)
             raise
         [(_, result)] = done
@@ -193,6 +169,18 @@ class LocalEngine:
             raise SpecguardError(
                 f"{wanted} tokens do not fit the context window of {self.context_limit}",
                 "shorten the problem or choose a model with a longer context",
+            )
+
+    def _check_capture(self, capture: Capture) -> None:
+        if "attention" in self.reasons:
+            raise SpecguardError(
+                f"the attention of {self.name} cannot be captured: {self.reasons['attention']}",
+                "verify by log-probability alone: --beta 1",
+            )
+        if capture.num_layers > self.layer.num_layers:
+            raise UsageError(
+                f"attention of {capture.num_layers} layers is asked for and {self.name} has "
+                f"{self.layer.num_layers}"
             )
 
     def _sequence(self, job: GenerateJob | ScoreJob) -> KeptSequence:

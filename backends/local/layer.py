@@ -76,6 +76,10 @@ class TensorLayer(Protocol):
     """A model on a framework; token ids beyond the tokenizer's are cut off its logits."""
 
     @property
+    def num_layers(self) -> int:
+        """Layers whose attention can be captured."""
+
+    @property
     def num_bytes_per_token(self) -> int:
         """What one token's keys and values take."""
 
@@ -134,16 +138,13 @@ class TensorLayer(Protocol):
         """Sums [count, H], by owner, of rows of hidden states [A, H], one after the other."""
 
     def take(self, outputs: Outputs, rows: Sequence[int]) -> Outputs:
-        """Some rows of outputs."""
+        """Some rows of outputs, which keep nothing of the others and may be used by any thread."""
 
     def joined(self, parts: Sequence[Outputs]) -> Outputs:
         """Outputs one after the other."""
 
     def numpy(self, array: Array) -> FloatArray:
         """Numbers in float32, once they are computed."""
-
-    def settle(self, outputs: Outputs) -> None:
-        """See to it that outputs which are kept can be used by another thread."""
 
     def synchronize(self) -> None:
         """Wait for the device, so that what a job costs is not counted with the next."""

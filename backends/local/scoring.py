@@ -12,7 +12,7 @@ from specguard.backends.local.layer import Outputs, Row, RowCapture, TensorLayer
 from specguard.backends.local.tree import ContinuationTree
 from specguard.core.engine import Observation, ScoreJob
 
-_DESCRIBED = 128  # rows of logits whose log-probabilities exist at a time
+_DESCRIBED = 128  # tokens whose rows of log-probabilities exist at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,17 +100,21 @@ def _observe(
         for row in path[: len(token_ids)]
     ]
     token_ids = [token_id for continuation in continuations for token_id in continuation]
-    parts = []
-    for start in range(0, len(owners), _DESCRIBED):
-        piece = owners[start : start + _DESCRIBED]
-        lowest = min(piece)
-        rows = range(lowest, max(piece) + 1)
-        logits = outputs.logits[lowest : rows.stop]
+    logprobs, entropies = np.empty((2, len(owners)), dtype=np.float32)
+    order = np.argsort(owners, kind="stable")  # rows that are described together lie together
+    for start in range(0, len(order), _DESCRIBED):
+        piece = order[start : start + _DESCRIBED]
+        rows = [owners[place] for place in piece]
         described = layer.describe(
-            [(logits, [row - lowest for row in piece], token_ids[start : start + _DESCRIBED])]
+            [
+                (
+                    outputs.logits[rows[0] : rows[-1] + 1],
+                    [row - rows[0] for row in rows],
+                    [token_ids[place] for place in piece],
+                )
+            ]
         )
-        parts.append([layer.numpy(array) for array in described])
-    logprobs, entropies = (np.concatenate(part) for part in zip(*parts, strict=True))
+        logprobs[piece], entropies[piece] = map(layer.numpy, described)
     is_choice = layer.first_choices(outputs.logits)[owners] == np.array(token_ids)
     ends = list(accumulate(map(len, continuations)))
     captures = iter([capture for each in laid for capture in each.row.captures])

@@ -40,11 +40,13 @@ class KVBuffer:
         wanted = mx.array(columns)
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             self.write(layer, start, mx.take(key, wanted, axis=2), mx.take(value, wanted, axis=2))
+        mx.async_eval(self.arrays())  # another thread may use them before the next pass
 
     def copy_from(self, other: "KVBuffer", length: int) -> None:
         """Become a copy of another buffer's first columns."""
         for layer in range(len(self.keys)):
             self.write(layer, 0, *other.read(layer, length))
+        mx.async_eval(self.arrays())
 
     def arrays(self) -> list[mx.array]:
         """All keys and values, to be evaluated."""

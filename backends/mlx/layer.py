@@ -18,7 +18,7 @@ from specguard.backends.mlx.kv import KVBuffer
 from specguard.backends.mlx.sampling import describe, draw, warp
 from specguard.backends.mlx.threads import clear_at_thread_end
 from specguard.core.engine import FloatArray, Sampling
-from specguard.core.errors import SpecguardError, UsageError
+from specguard.core.errors import SpecguardError
 
 
 class MlxLayer:
@@ -59,7 +59,6 @@ class MlxLayer:
         tokens = token_ids if isinstance(token_ids, mx.array) else mx.array(list(token_ids))
         placed, first = [], 0
         for row in rows:
-            self._check_captures(row)
             placed.append(PlacedRow.of(row, first, self.num_layers))
             first += row.num_queries
         # One slot where the tokens follow one another, else a slot for each.
@@ -132,8 +131,10 @@ class MlxLayer:
         return found
 
     def take(self, outputs: Outputs, rows: Sequence[int]) -> Outputs:
-        """Some rows of outputs."""
-        return Outputs(_rows_of(outputs.hidden, rows), _rows_of(outputs.logits, rows))
+        """Some rows of outputs; a lazy array belongs to the thread that made it."""
+        taken = Outputs(_rows_of(outputs.hidden, rows), _rows_of(outputs.logits, rows))
+        mx.async_eval(taken)
+        return taken
 
     def joined(self, parts: Sequence[Outputs]) -> Outputs:
         """Outputs one after the other."""
@@ -145,10 +146,6 @@ class MlxLayer:
         """Numbers in float32, once they are computed."""
         found: FloatArray = np.array(array.astype(mx.float32))
         return found
-
-    def settle(self, outputs: Outputs) -> None:
-        """A lazy array belongs to the thread that made it: have it computed."""
-        mx.async_eval(outputs)
 
     def synchronize(self) -> None:
         """Nothing: one pass over the last token may be under way, and is of use to the next job."""
@@ -175,13 +172,6 @@ class MlxLayer:
         tokens = mx.zeros(states.shape[:2], mx.int32)
         logits = type(self._model).__call__(_HeadOnly(self._model, states), tokens)
         return logits[0, :, : self._num_tokens]
-
-    def _check_captures(self, row: Row) -> None:
-        most = max((capture.capture.num_layers for capture in row.captures), default=0)
-        if most > self.num_layers:
-            raise UsageError(
-                f"attention of {most} layers is asked for and {self._name} has {self.num_layers}"
-            )
 
     def _check_cache(self) -> None:
         for cache in make_prompt_cache(self._model):

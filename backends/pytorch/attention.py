@@ -22,6 +22,7 @@ from specguard.core.engine import AttentionBlock
 from specguard.core.errors import SpecguardError
 
 ATTENTION_NAME = "specguard"
+_MANY_QUERIES = 256  # of a head; a mask for each head of a group would be large
 # What some models ask of their attention besides a mask and a scale.
 _UNSUPPORTED = ("softcap", "s_aux", "sliding_window", "position_bias")
 
@@ -145,12 +146,13 @@ def attend_row(
     kv_heads = key.shape[0]
     keys, values = placed.buffer.write(layer, placed.row.start, key, value)
     groups = heads // kv_heads
-    if placed.is_causal:
+    if length > _MANY_QUERIES or placed.is_causal:
         output = scaled_dot_product_attention(
             query.unsqueeze(0),
             keys,
             values,
-            is_causal=True,
+            attn_mask=placed.mask,
+            is_causal=placed.is_causal,
             scale=scale,
             enable_gqa=groups > 1,
         )[0]

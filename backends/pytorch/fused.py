@@ -1,7 +1,8 @@
-"""The passes of a Llama or Qwen2 without transformers' layers around them: plain matrix products.
+"""The passes of a Llama, Qwen2 or Qwen3 without transformers' layers: plain matrix products.
 
-On a CPU, the Python of an eager pass costs more than the arithmetic of a small model. Used in
-single precision on the CPU, where a model passes the comparison with its own layers at load.
+On a CPU, the Python of an eager pass costs more than the arithmetic of a small model. Used on the
+CPU, where a model passes the comparison with its own layers at load. Norms are computed in single
+precision, as transformers does.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 
 from specguard.backends.pytorch.attention import PlacedRow, attend_row
 from specguard.core.reference import is_reference
@@ -22,11 +28,16 @@ _FIRST_POSITIONS = 512
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One layer's weights, those with the same input in one. Matrices are [inputs, outputs]."""
+    """One layer's weights, those with the same input in one. Matrices are [inputs, outputs].
+
+    ``head_norm`` [query and key heads, head_dim] are the gains of queries and keys, if these are
+    normed (Qwen3).
+    """
 
     input_norm: Tensor
     qkv: Tensor
     qkv_bias: Tensor | None
+    head_norm: Tensor | None
     out: Tensor
     out_bias: Tensor | None
     post_norm: Tensor
@@ -37,7 +48,7 @@ class _Layer:
 
 
 class FusedLayers:
-    """The layers of a model as a function. Make one with `fused_layers`."""
+    """The layers of a model as a function, if `why_not_fused` knows no reason against it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
@@ -47,10 +58,13 @@ class FusedLayers:
         self._head_dim = int(
             getattr(config, "head_dim", None) or config.hidden_size // self._num_heads
         )
-        width = int(config.hidden_size)
-        self._floor = torch.tensor((width * float(config.rms_norm_eps)) ** 0.5)
-        self._norm = self._base.norm.weight.data * width**0.5
-        self._layers = [_fuse(layer) for layer in self._base.layers]
+        epsilon = float(config.rms_norm_eps)
+        self._floor = torch.tensor((int(config.hidden_size) * epsilon) ** 0.5)
+        self._head_floor = torch.tensor((self._head_dim * epsilon) ** 0.5)
+        self._norm = _gain(self._base.norm)
+        self._layers = [
+            _fuse(layer, self._num_heads, self._num_kv_heads) for layer in self._base.layers
+        ]
         self._head = model.get_output_embeddings()
         self._turns = torch.empty(0)  # [positions, 2, 1, head_dim], grows with the positions
 
@@ -67,9 +81,14 @@ class FusedLayers:
         # Rows of a matrix throughout: products of more dimensions are slower to set up.
         states = functional.embedding(tokens, self._base.embed_tokens.weight)
         for index, layer in enumerate(self._layers):
-            heads = _product(self._normed(states, layer.input_norm), layer.qkv, layer.qkv_bias)
+            heads = _product(
+                _normed(states, layer.input_norm, self._floor), layer.qkv, layer.qkv_bias
+            )
             heads = heads.view(len(tokens), -1, self._head_dim)
-            rotated = _rotate(heads[:, :num_rotated], cos, sin)
+            turning = heads[:, :num_rotated]
+            if layer.head_norm is not None:
+                turning = _normed(turning, layer.head_norm, self._head_floor)
+            rotated = _rotate(turning, cos, sin)
             outputs = []
             for placed in rows:
                 turned = rotated[placed.queries].transpose(0, 1)
@@ -81,21 +100,16 @@ class FusedLayers:
             states = torch.addmm(states, output.view(len(tokens), -1), layer.out)
             if layer.out_bias is not None:
                 states += layer.out_bias
-            inputs = self._normed(states, layer.post_norm)
+            inputs = _normed(states, layer.post_norm, self._floor)
             gate, up = _product(inputs, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
             states = torch.addmm(states, functional.silu(gate).mul_(up), layer.down)
             if layer.down_bias is not None:
                 states += layer.down_bias
-        return self._normed(states, self._norm)
+        return _normed(states, self._norm, self._floor)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What the head makes of final hidden states; without the hooks of a module's call."""
         return functional.linear(hidden, self._head.weight, self._head.bias)
-
-    def _normed(self, states: Tensor, gain: Tensor) -> Tensor:
-        """RMS norm; ``gain`` is times the root of the width. Half the time of torch's own."""
-        length = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-        return (states / torch.hypot(length, self._floor)).mul_(gain)
 
     def _rotation(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines [N, 1, head_dim] of positions before ``end``."""
@@ -114,40 +128,44 @@ def why_not_fused(model: PreTrainedModel) -> str | None:
     config = model.config
     if is_reference():
         return "the reference switch is on"
-    if type(model) not in (LlamaForCausalLM, Qwen2ForCausalLM):
-        return f"they are of Llama and Qwen2, and this is {type(model).__name__}"
+    if type(model) not in (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM):
+        return f"fused layers know Llama, Qwen2 and Qwen3, and this is {type(model).__name__}"
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    if model.device.type != "cpu" or dtypes != {torch.float32}:
-        return "they compute in float32 on a CPU"
+    if model.device.type != "cpu" or dtypes not in ({torch.float32}, {torch.bfloat16}):
+        return "fused layers compute in float32 or bfloat16 on a CPU"
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in _ROPE_TYPES:
-        return f"they do not know {rope['rope_type']} positions"
+        return f"fused layers do not know {rope['rope_type']} positions"
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layer_types != {"full_attention"} or config.hidden_act != "silu":
-        return "they have full attention and SiLU in every layer"
+        return "fused layers have full attention and SiLU throughout"
     modules = [
         module
         for layer in model.base_model.layers
-        for module in (*layer.self_attn.children(), *layer.mlp.children())
-        if getattr(module, "weight", None) is not None
+        for name, module in (*layer.self_attn.named_children(), *layer.mlp.named_children())
+        if getattr(module, "weight", None) is not None and name not in ("q_norm", "k_norm")
     ]
     if any(type(module) is not nn.Linear for module in (*modules, model.get_output_embeddings())):
         return "its matrices are no plain linear modules"
     return None
 
 
-def _fuse(layer: Any) -> _Layer:
+def _fuse(layer: Any, num_heads: int, num_kv_heads: int) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    root = len(layer.input_layernorm.weight) ** 0.5
     qkv, qkv_bias = _fused(attention.q_proj, attention.k_proj, attention.v_proj)
     gate_up, gate_up_bias = _fused(mlp.gate_proj, mlp.up_proj)
+    head_norm = None
+    if hasattr(attention, "q_norm"):
+        gains = [_gain(attention.q_norm)] * num_heads + [_gain(attention.k_norm)] * num_kv_heads
+        head_norm = torch.stack(gains)
     return _Layer(
-        layer.input_layernorm.weight.data * root,
+        _gain(layer.input_layernorm),
         qkv.t(),
         qkv_bias,
+        head_norm,
         attention.o_proj.weight.data.t(),
         attention.o_proj.bias,
-        layer.post_attention_layernorm.weight.data * root,
+        _gain(layer.post_attention_layernorm),
         gate_up.t(),
         gate_up_bias,
         mlp.down_proj.weight.data.t(),
@@ -167,6 +185,20 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     for part, piece in zip(parts, whole.split([len(part) for part in parts]), strict=True):
         part.data = piece
     return whole
+
+
+def _gain(norm: Any) -> Tensor:
+    """What `_normed` multiplies by, in single precision."""
+    weight = norm.weight.data.float()
+    gain: Tensor = weight * len(weight) ** 0.5
+    return gain
+
+
+def _normed(states: Tensor, gain: Tensor, floor: Tensor) -> Tensor:
+    """RMS norm; ``gain`` is times the root of the width. Half the time of torch's own."""
+    wide = states.float()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide / torch.hypot(length, floor)).mul_(gain).to(states.dtype)
 
 
 def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

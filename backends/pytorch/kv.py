@@ -13,13 +13,15 @@ _FIRST_CAPACITY = 256
 class KVBuffer:
     """Keys and values [layers, 2, kv_heads, capacity, dim], columns filled from the left.
 
-    The shape is known once the first column is written: layers that differ are refused then.
+    The shape is known once the first column is written; ``dim`` is that of the wider ones where
+    keys and values differ.
     """
 
-    __slots__ = ("_layers", "_num_layers", "data")
+    __slots__ = ("_layers", "_num_layers", "_widths", "data")
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
+        self._widths = (0, 0)  # of keys and of values
         self.data: Tensor | None = None
         self._layers: list[tuple[Tensor, Tensor]] = []  # views [1, kv_heads, capacity, dim]
 
@@ -37,7 +39,7 @@ class KVBuffer:
         """
         stop = start + key.shape[1]
         if self.data is None or self.data.shape[3] < stop:
-            self._grow(key, start, stop)
+            self._grow(key, value, start, stop)
         keys, values = self._layers[layer]
         keys[0, :, start:stop] = key
         values[0, :, start:stop] = value
@@ -46,21 +48,23 @@ class KVBuffer:
     def copy_columns(self, start: int, columns: Sequence[int]) -> None:
         """Write these columns again from ``start`` on."""
         assert self.data is not None
-        wanted = torch.tensor(columns, device=self.data.device)
+        wanted = torch.tensor(columns).to(self.data.device, non_blocking=True)
         self.data[:, :, :, start : start + len(columns)] = self.data.index_select(3, wanted)
 
     def copy_from(self, other: "KVBuffer", length: int) -> None:
         """Become a copy of another buffer's first columns."""
         assert other.data is not None
+        self._widths = other._widths
         self._allocate(other.data, length)
         assert self.data is not None
         self.data[:, :, :, :length] = other.data[:, :, :, :length]
 
-    def _grow(self, like: Tensor, held: int, stop: int) -> None:
+    def _grow(self, key: Tensor, value: Tensor, held: int, stop: int) -> None:
         old = self.data
         if old is None:
-            heads, _, dim = like.shape
-            self._allocate(like.new_empty(self._num_layers, 2, heads, 0, dim), stop)
+            self._widths = key.shape[2], value.shape[2]
+            shape = self._num_layers, 2, key.shape[0], 0, max(self._widths)
+            self._allocate(key.new_empty(shape), stop)
             return
         self._allocate(old, 2 * stop)
         assert self.data is not None
@@ -70,7 +74,8 @@ class KVBuffer:
         layers, _, heads, _, dim = like.shape
         capacity = max(_FIRST_CAPACITY, columns)
         self.data = like.new_empty(layers, 2, heads, capacity, dim)
-        self._layers = [(part[0:1], part[1:2]) for part in self.data]
+        keys, values = self._widths
+        self._layers = [(part[0:1, ..., :keys], part[1:2, ..., :values]) for part in self.data]
 
 
 class PassCache(Cache):  # type: ignore[misc]

@@ -28,9 +28,10 @@ from specguard.backends.pytorch.fused import FusedLayers, why_not_fused
 from specguard.backends.pytorch.kv import KVBuffer, PassCache
 from specguard.backends.pytorch.sampling import describe, sample, warp
 from specguard.core.engine import FloatArray, Sampling
-from specguard.core.errors import SpecguardError, UsageError
+from specguard.core.errors import SpecguardError
 
-_TOLERANCE = 1e-5  # of logits of fused layers, relative to the largest
+# Of logits of fused layers, relative to the largest: a wrong layer is off by a multiple of that.
+_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 _LATE = 4096  # a position that is checked
 _MOST_WAITING_LOGITS = 2**16  # numbers; where passes are larger, describing them alone costs little
 
@@ -55,7 +56,7 @@ class TorchLayer:
         self.device = model.device
         self.reads_late = self.device.type != "cpu"
         config = model.config.get_text_config()
-        self._num_layers = int(config.num_hidden_layers)
+        self.num_layers = int(config.num_hidden_layers)
         self._layer_types = set(getattr(config, "layer_types", None) or [])
         self._window = getattr(config, "sliding_window", None)
         self._has_our_attention = config._attn_implementation == ATTENTION_NAME
@@ -72,7 +73,7 @@ class TorchLayer:
         self._fused: FusedLayers | None = None
         self.why_not_fused = why_not_fused(model)
         if self.why_not_fused is None and not self._has_our_attention:
-            self.why_not_fused = "they have no attention but this package's"
+            self.why_not_fused = "it brings its own attention"
         with torch.inference_mode():
             self._probe(name)
             if self.why_not_fused is None:
@@ -80,7 +81,7 @@ class TorchLayer:
 
     def new_buffer(self) -> KVBuffer:
         """An empty buffer."""
-        return KVBuffer(self._num_layers)
+        return KVBuffer(self.num_layers)
 
     def forward(
         self,
@@ -161,7 +162,10 @@ class TorchLayer:
 
     def take(self, outputs: Outputs, rows: Sequence[int]) -> Outputs:
         """Some rows of outputs."""
-        return Outputs(self._rows_of(outputs.hidden, rows), self._rows_of(outputs.logits, rows))
+        if len(rows) == len(outputs.logits) and _is_range(rows):
+            return outputs
+        wanted = self._tensor(list(rows))
+        return Outputs(outputs.hidden[wanted], outputs.logits[wanted])
 
     def joined(self, parts: Sequence[Outputs]) -> Outputs:
         """Outputs one after the other."""
@@ -173,9 +177,6 @@ class TorchLayer:
         """Numbers in float32."""
         found: FloatArray = array.float().cpu().numpy()
         return found
-
-    def settle(self, outputs: Outputs) -> None:
-        """Nothing to do: tensors belong to no thread."""
 
     def synchronize(self) -> None:
         """Wait for a GPU."""
@@ -275,10 +276,10 @@ class TorchLayer:
         return hidden, logits
 
     def _check_cache(self, num_updates: int, num_layers_seen: int) -> None:
-        if num_updates != self._num_layers or num_layers_seen == 0:
+        if num_updates != self.num_layers or num_layers_seen == 0:
             raise SpecguardError(
                 f"{type(self.model).__name__} keeps its keys and values in a way of its own: "
-                f"{num_updates} of {self._num_layers} layers use the cache they are given",
+                f"{num_updates} of {self.num_layers} layers use the cache they are given",
                 "choose a model with plain attention in every layer",
             )
 
@@ -333,12 +334,6 @@ class TorchLayer:
 
     def _device_capture(self, capture: RowCapture) -> DeviceCapture:
         wanted = capture.capture
-        first_layer = self._num_layers - wanted.num_layers
-        if first_layer < 0:
-            raise UsageError(
-                f"attention of {wanted.num_layers} layers is asked for and {self._name} has "
-                f"{self._num_layers}"
-            )
         source = torch.from_numpy(wanted.is_source).to(self.device).float()
         return DeviceCapture(
             capture,
@@ -346,7 +341,7 @@ class TorchLayer:
             self._slice_or_tensor(capture.columns),
             source,
             1 - source,
-            first_layer,
+            self.num_layers - wanted.num_layers,
         )
 
     def _slice_or_tensor(self, places: list[int]) -> Tensor | slice:
@@ -372,7 +367,8 @@ class TorchLayer:
 
     def _tensor(self, values: Sequence[int] | NDArray[np.generic]) -> Tensor:
         """Numbers as a tensor beside the model."""
-        return torch.from_numpy(np.asarray(values)).to(self.device)
+        # Without waiting for the device, which is to compute meanwhile.
+        return torch.from_numpy(np.asarray(values)).to(self.device, non_blocking=True)
 
     def _keep_head_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._head_input = inputs[0]
@@ -380,13 +376,14 @@ class TorchLayer:
     def _fuse(self) -> None:
         """Fused layers, if they do what the model's own layers do."""
         expected = self._sample_passes()
+        tolerance = _TOLERANCES[self.model.dtype]
         fused = FusedLayers(self.model)
         self._fused = fused
         for own, found in zip(expected, self._sample_passes(), strict=True):
             scale = max(1.0, float(own.abs().max()))
-            if not bool((found - own).abs().max() <= _TOLERANCE * scale):
+            if not bool((found - own).abs().max() <= tolerance * scale):
                 self._fused = None
-                self.why_not_fused = "they come to other logits than the model's own"
+                self.why_not_fused = "fused layers come to other logits"
 
     def _sample_passes(self) -> list[Tensor]:
         """Logits of a prompt, a tree behind it, a batch, and a late position."""

@@ -16,6 +16,7 @@ from specguard.backends.tokenizer import FolderTokenizer
 from specguard.core.errors import SpecguardError
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_LARGE = 10**8  # parameters
 _USABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -28,7 +29,8 @@ def load_model(
 ) -> LocalEngine:
     """Load a folder or a downloaded hub id (``owner/name[@revision]``).
 
-    ``dtype`` "auto" is bfloat16 on CUDA, float16 on MPS and float32 on a CPU. ``is_headless`` is
+    ``dtype`` "auto" is bfloat16 on CUDA, float16 on MPS, and on a CPU float32, or bfloat16 for a
+    large checkpoint in bfloat16 where the processor computes with it. ``is_headless`` is
     for reward models: a language head is not asked for.
 
     Raises:
@@ -36,8 +38,8 @@ def load_model(
             or of a kind that cannot be cut back.
     """
     place = _device(device)
-    number_type = _dtype(dtype, place)
     checkpoint = open_checkpoint(source)
+    number_type = _dtype(dtype, place, checkpoint)
     checkpoint.check_head(is_headless)
     _check_usable(checkpoint)
     refusal = checkpoint.capture_refusal
@@ -81,17 +83,22 @@ def load_model(
         tokenizer,
         context_limit=checkpoint.context_limit,
         attention_refusal=refusal,
-        note=f"transformers' own layers run it: {layer.why_not_fused}"
-        if layer.why_not_fused
-        else "",
+        note=_note(layer),
     )
+
+
+def _note(layer: TorchLayer) -> str:
+    """What costs time on a CPU; on a GPU nothing else is to be expected."""
+    if layer.why_not_fused is None or layer.device.type != "cpu":
+        return ""
+    return f"transformers' own layers run it: {layer.why_not_fused}"
 
 
 def demand(source: str, device: str, dtype: str) -> Demand:
     """What a model will take of the memory of its device; arguments as in `load_model`."""
     place = _device(device)
-    size = _dtype(dtype, place).itemsize
     checkpoint = open_checkpoint(source)
+    size = _dtype(dtype, place, checkpoint).itemsize
     memory = this_machine()
     if place.type == "cuda":
         # "cuda" and "cuda:0" are one.
@@ -146,13 +153,24 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
     if name == "auto":
-        by_device = {"cuda": torch.bfloat16, "mps": torch.float16}
-        return by_device.get(device.type, torch.float32)
+        if device.type == "cpu":
+            # What fits a processor's cache gains nothing by being half as large.
+            is_large = checkpoint.num_parameters >= _LARGE
+            is_half = is_large and checkpoint.number_type == "bfloat16" and _computes_bfloat16()
+            return torch.bfloat16 if is_half else torch.float32
+        return torch.float16 if device.type == "mps" else torch.bfloat16
     if name not in _DTYPES:
         raise SpecguardError(f"unknown dtype {name!r}", f"dtypes: auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]
+
+
+def _computes_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself (AVX512-BF16, AMX; Arm's BF16)."""
+    # Older versions of torch do not tell.
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 @contextmanager

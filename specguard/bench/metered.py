@@ -1,17 +1,15 @@
 """An engine around another one that times its verbs."""
 
 import time
-from collections.abc import Awaitable, Callable, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Hashable
 from typing import TypeVar
 
 from specguard.core import (
     Candidate,
     Engine,
-    Feature,
     GenerateJob,
     Observation,
     ScoreJob,
-    Tokenizer,
 )
 
 R = TypeVar("R")
@@ -26,6 +24,10 @@ class Metered:
 
     def __init__(self, engine: Engine, clock: Clock = time.perf_counter) -> None:
         self.engine = engine
+        self.name, self.tokenizer = engine.name, engine.tokenizer
+        self.context_limit = engine.context_limit
+        self.features, self.reasons = engine.features, engine.reasons
+        self.num_bytes_per_token = engine.num_bytes_per_token
         self._clock = clock
         self.seconds: dict[str, float] = {}
         self.longest: list[int] = []
@@ -33,36 +35,6 @@ class Metered:
     def reset(self) -> None:
         """Begin anew."""
         self.seconds, self.longest = {}, []
-
-    @property
-    def name(self) -> str:
-        """The engine's."""
-        return self.engine.name
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The engine's."""
-        return self.engine.tokenizer
-
-    @property
-    def context_limit(self) -> int:
-        """The engine's."""
-        return self.engine.context_limit
-
-    @property
-    def features(self) -> frozenset[Feature]:
-        """The engine's."""
-        return self.engine.features
-
-    @property
-    def reasons(self) -> Mapping[Feature, str]:
-        """The engine's."""
-        return self.engine.reasons
-
-    @property
-    def num_bytes_per_token(self) -> int:
-        """The engine's."""
-        return self.engine.num_bytes_per_token
 
     async def generate(self, job: GenerateJob) -> list[Candidate]:
         """Sample steps."""

@@ -27,7 +27,7 @@ from specguard.core.verifier import by_reward, verify
 
 
 class Solving:
-    """One problem on its way to a solution.
+    """One problem on its way to a solution; its steps are iterated over once.
 
     Raises:
         UsageError: a blank problem.

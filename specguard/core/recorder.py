@@ -34,12 +34,15 @@ class Recorder:
         self._cut_ids: list[int] = []  # tokens since the last step that ended by itself
         self._cut_text = ""
         self._seconds: dict[Phase, float] = {}
-        self._started = time.perf_counter()
+        self._started: float | None = None  # with the first phase
+        self._total = 0.0
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
         """Wall time that is spent in a phase; among others, a problem waits for them, too."""
         started = time.perf_counter()
+        if self._started is None:
+            self._started = started
         try:
             yield
         finally:
@@ -84,6 +87,8 @@ class Recorder:
         self._context.step = len(self.steps)
         self._text += text
         self.finish_reason = self._finish_reason(written)
+        if self._started is not None:
+            self._total = time.perf_counter() - self._started
         return made
 
     def solution(self) -> Solution:
@@ -99,7 +104,7 @@ class Recorder:
             steps=tuple(self.steps),
             stats=summarise(
                 self.steps,
-                time.perf_counter() - self._started,
+                self._total,
                 len(context.prompt.token_ids),
                 context.num_verified_tokens,
             ),

@@ -5,8 +5,11 @@ in a notebook, another thread does it.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Generator
+import signal
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -52,11 +55,46 @@ class Runner:
             raise
 
     def _complete(self, work: Coroutine[Any, Any, T]) -> T:
-        try:
-            return self._loop.run_until_complete(work)
-        except BaseException:
-            self._loop.run_until_complete(_end_tasks())
-            raise
+        task = self._loop.create_task(work)
+        with _interruptible(task) as interruptions:
+            try:
+                result = self._loop.run_until_complete(task)
+            except BaseException as error:
+                self._loop.run_until_complete(_end_tasks())
+                if interruptions and isinstance(error, asyncio.CancelledError):
+                    raise KeyboardInterrupt from None
+                raise
+        if interruptions:  # it came as the work was done
+            raise KeyboardInterrupt
+        return result
+
+
+@contextmanager
+def _interruptible(task: asyncio.Task[Any]) -> Iterator[list[int]]:
+    """Let Ctrl-C cancel a task: raised anywhere, it would leave the event loop half way.
+
+    A second one, where the first has no effect, is raised. In other threads than the main one, and
+    where somebody else handles interruptions, nothing changes.
+    """
+    interruptions: list[int] = []
+
+    def interrupt(number: int, _frame: object) -> None:
+        interruptions.append(number)
+        if len(interruptions) > 1:
+            raise KeyboardInterrupt
+        task.get_loop().call_soon_threadsafe(task.cancel)
+
+    is_ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if is_ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield interruptions
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def drain(items: AsyncGenerator[T]) -> Generator[T]:
