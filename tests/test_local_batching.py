@@ -210,3 +210,61 @@ def test_solutions_of_a_batch_are_those_of_each_alone(engine: LocalEngine) -> No
         assert [step.decision for step in solution.steps] == [
             step.decision for step in expected.steps
         ]
+
+
+def test_an_unexpected_error_is_the_guilty_job_s_alone(
+    loaded: LocalEngine,
+) -> None:
+    engine = fresh(loaded)
+    jobs = reading()
+    beyond = score_job([[50]], (5, 10**6), key="guilty")  # no such token
+
+    async def work() -> list[Any]:
+        asked = (engine.score(job) for job in [*jobs, beyond])
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    *found, guilty = asyncio.run(work())
+    assert isinstance(guilty, IndexError)
+    for observations, job in zip(found, jobs, strict=True):
+        assert_same(observations, alone(loaded, job))
+
+
+def test_jobs_are_done_after_everything_was_cancelled(engine: LocalEngine) -> None:
+    async def work() -> list[Any]:
+        asked = asyncio.create_task(engine.generate(generate_job(engine)))
+        while len(asyncio.all_tasks()) < 3:  # the batcher's task is there, and has not begun
+            await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        return await asyncio.wait_for(engine.generate(generate_job(engine)), 20)
+
+    assert asyncio.run(work())
+
+
+def test_a_row_is_described_once_for_each_token(
+    loaded: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_rows: list[int] = []
+    describe = loaded.layer.describe
+
+    def counted(parts: Any) -> Any:
+        num_rows.extend(len(logits) for logits, _, _ in parts)
+        return describe(parts)
+
+    monkeypatch.setattr(loaded.layer, "describe", counted)
+    continuations = [[30 + number, *range(40, 70)] for number in range(12)]
+    run(fresh(loaded), score_job(continuations))
+    assert sum(num_rows) <= sum(map(len, continuations))
+    assert max(num_rows) <= 128
+
+
+@pytest.mark.parametrize("num_new", [300, 40])
+def test_long_prefixes_are_read_in_chunks(
+    num_new: int, loaded: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = tuple(5 + place % 90 for place in range(120))
+    job = score_job([[6 + place % 80 for place in range(num_new)]], prefix)
+    whole = alone(loaded, job)
+    monkeypatch.setattr("specguard.backends.local.drawing.PREFILL_CHUNK", 50)
+    assert_same(alone(loaded, job), whole)

@@ -354,3 +354,27 @@ def test_a_drawing_that_waits_for_others_holds_no_memory(checkpoint: Path) -> No
             engine.release(key)
         gc.collect()
         assert sum(type(each) is KVBuffer for each in gc.get_objects()) == num_before
+
+
+def test_keys_may_be_wider_than_values() -> None:
+    buffer, other = KVBuffer(2), KVBuffer(2)
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 3, 5, 24, generator=generator)
+    values = torch.randn(2, 3, 5, 16, generator=generator)
+    for layer in range(2):
+        buffer.write(layer, 0, keys[layer], values[layer])
+    buffer.copy_columns(1, [2, 4])
+    other.copy_from(buffer, 3)
+    for layer in range(2):
+        found_keys, found_values = other.write(layer, 3, keys[layer, :, :1], values[layer, :, :1])
+        assert torch.equal(found_keys[0], keys[layer][:, [0, 2, 4, 0]])
+        assert torch.equal(found_values[0], values[layer][:, [0, 2, 4, 0]])
+
+
+def test_what_is_taken_of_outputs_keeps_nothing_else(checkpoint: Path) -> None:
+    layer = load_model(str(checkpoint)).layer
+    outputs = Outputs(torch.randn(64, 8), torch.randn(64, 100))
+    for rows in [3], [3, 5]:
+        taken = layer.take(outputs, rows)
+        assert torch.equal(taken.logits, outputs.logits[rows])
+        assert taken.logits.untyped_storage().nbytes() == len(rows) * 100 * 4

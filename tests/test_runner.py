@@ -332,3 +332,36 @@ def test_items_are_made_when_they_are_asked_for() -> None:
     drained.close()
     assert made == [0, "closed"]
     assert list(drain(items())) == [0, 1, 2]
+
+
+def test_ctrl_c_at_any_moment_is_an_interruption(interruptible: None) -> None:
+    """Also as a problem ends: the event loop is not left half way."""
+    num_interrupted = 0
+    for number in range(150):
+        draft, target, solver = pair()
+        timer = threading.Timer(1e-3 + number * 2e-4, os.kill, (os.getpid(), signal.SIGINT))
+        try:
+            timer.start()
+            list(solve_many(solver, ["1 + 1", "2 + 2", "3 + 3"] * 4, batch_size=3))
+            timer.join()
+            time.sleep(0.001)  # Python hears of a signal a little later
+        except KeyboardInterrupt:
+            num_interrupted += 1
+        assert is_free(draft, target)
+    assert num_interrupted > 20
+
+
+def test_the_clock_runs_while_a_problem_is_solved() -> None:
+    _, _, solver = pair()
+    solving = solver.begin("1 + 1")
+    time.sleep(0.3)
+
+    async def work() -> None:
+        async for _ in solving.steps():
+            pass
+
+    asyncio.run(work())
+    solution = solving.solution()
+    assert solution.stats.seconds < 0.25
+    time.sleep(0.05)
+    assert solving.solution().stats.seconds == solution.stats.seconds
