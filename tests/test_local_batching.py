@@ -2,7 +2,10 @@
 
 import asyncio
 import gc
+import os
+import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -268,3 +271,29 @@ def test_long_prefixes_are_read_in_chunks(
     whole = alone(loaded, job)
     monkeypatch.setattr("specguard.backends.local.drawing.PREFILL_CHUNK", 50)
     assert_same(alone(loaded, job), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent as on Unix")
+def test_ctrl_c_in_the_middle_of_a_pass_frees_everything(loaded: LocalEngine) -> None:
+    engine = fresh(loaded)
+    config = SolveConfig(method="target", max_tokens=24, max_step_tokens=8, max_steps=3)
+    solver = Solver(target=engine, config=config)
+    expected = solver.solve("Some problem.").text
+
+    def solve_until_interrupted(seconds: float) -> None:
+        timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        list(solve_many(solver, ["Some problem.", "Another one."] * 3, batch_size=3))
+        timer.join()
+        time.sleep(0.001)  # Python hears of a signal a little later
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for number in range(100):
+            with pytest.raises(KeyboardInterrupt):
+                solve_until_interrupted(0.002 + number * 1e-3)
+            assert engine.num_kept == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert solver.solve("Some problem.").text == expected

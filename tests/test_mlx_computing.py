@@ -15,6 +15,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 import mlx.core as mx
 
 import specguard
+from specguard.backends.local.layer import Row
 from specguard.backends.mlx.layer import MlxLayer
 from specguard.backends.mlx.loading import load_model
 from specguard.core import GREEDY, Boundary, Capture, VerifierConfig, solve_many
@@ -197,6 +198,38 @@ def test_a_batch_goes_from_thread_to_thread(settings: dict[str, Any]) -> None:
         assert outcome.solution is not None
         answers[outcome.index] = outcome.solution.text
     assert [answers[index] for index in range(4)] == [solver.solve(text).text for text in texts]
+
+
+def test_what_one_thread_has_made_another_can_use(checkpoint: Path) -> None:
+    """Between two passes, whatever is kept may be wanted by another thread: nothing is lazy."""
+    layer = load_model(str(checkpoint)).layer
+
+    def make() -> tuple[Any, ...]:
+        first, second, third = (layer.new_buffer() for _ in range(3))
+        outputs = layer.forward([Row(first, 0, 4, 0)], [5, 6, 7, 8], range(4), [2, 3])
+        assert outputs is not None
+        layer.forward([Row(third, 0, 2, 0)], [5, 6], range(2), None)
+        second.copy_from(first, 3)
+        first.copy_columns(1, [2, 3])
+        taken, joined = layer.take(outputs, [1]), layer.joined([outputs, outputs])
+        return first, second, third, (*outputs, *taken, *joined)
+
+    with ThreadPoolExecutor(1) as pool:
+        *buffers, arrays = pool.submit(make).result()
+    expected = make()
+    for found, wanted in zip(buffers, expected, strict=False):
+        for array, other in zip(found.arrays(), wanted.arrays(), strict=True):
+            assert mx.allclose(array[:, :, :2], other[:, :, :2])
+    for array, other in zip(arrays, expected[-1], strict=True):
+        assert mx.allclose(array, other)
+
+
+def test_several_threads_begin_with_what_others_keep() -> None:
+    solver = specguard.load("tiny", backend="mlx", num_candidates=3, max_steps=3)
+    expected = solver.solve(PROBLEM).text
+    with ThreadPoolExecutor(4) as pool:
+        solutions = list(pool.map(solver.solve, [PROBLEM] * 24))
+    assert {solution.text for solution in solutions} == {expected}
 
 
 def test_a_thread_that_has_used_the_model_lets_the_process_end() -> None:

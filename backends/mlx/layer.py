@@ -140,7 +140,9 @@ class MlxLayer:
         """Outputs one after the other."""
         if len(parts) == 1:
             return parts[0]
-        return Outputs(*(mx.concatenate(part) for part in zip(*parts, strict=True)))
+        joined = Outputs(*(mx.concatenate(part) for part in zip(*parts, strict=True)))
+        mx.async_eval(joined)
+        return joined
 
     def numpy(self, array: mx.array) -> FloatArray:
         """Numbers in float32, once they are computed."""
