@@ -5,20 +5,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, rankdata, wilcoxon
+from scipy.stats import binomtest, wilcoxon
 
 Array = NDArray[np.floating[Any]]
 _NUM_RESAMPLES = 300
-
-
-def auc(values: Array, is_right: NDArray[np.bool_]) -> float:
-    """Probability that a right step has the higher value than a wrong one, ties counting half."""
-    num_right = int(is_right.sum())
-    num_wrong = len(is_right) - num_right
-    if not num_right or not num_wrong:
-        return float("nan")
-    ranks = rankdata(values)[is_right].sum()
-    return float((ranks - num_right * (num_right + 1) / 2) / (num_right * num_wrong))
 
 
 def interval(
