@@ -1,1 +1,1 @@
-"""Backends: implementations of `specguard.core.LanguageModel`, registered by name."""
+"""Backends: implementations of `specguard.core.Engine`, registered by name."""

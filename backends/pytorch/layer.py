@@ -51,7 +51,6 @@ class TorchLayer:
 
     def __init__(self, model: PreTrainedModel, name: str, num_tokens: int) -> None:
         self.model = model.eval()
-        self._name = name
         self._num_tokens = num_tokens
         self.device = model.device
         self.reads_late = self.device.type != "cpu"
