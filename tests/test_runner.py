@@ -351,6 +351,38 @@ def test_ctrl_c_at_any_moment_is_an_interruption(interruptible: None) -> None:
     assert num_interrupted > 20
 
 
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("moment", ["created", "closed"])
+def test_ctrl_c_as_an_event_loop_comes_or_goes_leaves_none_open(
+    moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loops: list[asyncio.AbstractEventLoop] = []
+    create = asyncio.new_event_loop
+
+    def interrupted() -> asyncio.AbstractEventLoop:
+        loops.append(loop := create())
+        close = loop.close
+
+        def close_interrupted() -> None:
+            signal.raise_signal(signal.SIGINT)
+            close()
+
+        if moment == "created":
+            signal.raise_signal(signal.SIGINT)
+        elif len(loops) == 1:
+            monkeypatch.setattr(loop, "close", close_interrupted)
+        return loop
+
+    monkeypatch.setattr(asyncio, "new_event_loop", interrupted)
+    draft, target, solver = pair()
+    with pytest.raises(KeyboardInterrupt):
+        solver.solve("p")
+    gc.collect()
+    assert loops
+    assert all(loop.is_closed() for loop in loops)
+    assert not draft.held | target.held
+
+
 def test_the_clock_runs_while_a_problem_is_solved() -> None:
     _, _, solver = pair()
     solving = solver.begin("1 + 1")

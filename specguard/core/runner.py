@@ -20,8 +20,14 @@ class Runner:
     """An event loop for as long as one piece of work takes; a context manager."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+        with _interruptible():
+            self._loop = asyncio.new_event_loop()
         self._pool: ThreadPoolExecutor | None = None
+
+    def __del__(self) -> None:
+        # Of one that was interrupted before it was entered, or as it was left.
+        if hasattr(self, "_loop") and not (self._loop.is_running() or self._loop.is_closed()):
+            self._loop.close()
 
     def __enter__(self) -> "Runner":
         return self
@@ -32,12 +38,13 @@ class Runner:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            self.run(_end_tasks())
-        finally:
-            if self._pool is not None:
-                self._pool.shutdown()
-            self._loop.close()
+        with _interruptible():
+            try:
+                self.run(_end_tasks())
+            finally:
+                if self._pool is not None:
+                    self._pool.shutdown()
+                self._loop.close()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of a coroutine; an interruption cancels it and all that it has begun."""
@@ -56,25 +63,21 @@ class Runner:
 
     def _complete(self, work: Coroutine[Any, Any, T]) -> T:
         task = self._loop.create_task(work)
-        with _interruptible(task) as interruptions:
+        with _interruptible(task):
             try:
-                result = self._loop.run_until_complete(task)
-            except BaseException as error:
+                return self._loop.run_until_complete(task)
+            except BaseException:
                 self._loop.run_until_complete(_end_tasks())
-                if interruptions and isinstance(error, asyncio.CancelledError):
-                    raise KeyboardInterrupt from None
                 raise
-        if interruptions:  # it came as the work was done
-            raise KeyboardInterrupt
-        return result
 
 
 @contextmanager
-def _interruptible(task: asyncio.Task[Any]) -> Iterator[list[int]]:
-    """Let Ctrl-C cancel a task: raised anywhere, it would leave the event loop half way.
+def _interruptible(task: asyncio.Task[Any] | None = None) -> Iterator[None]:
+    """Let Ctrl-C cancel a task, and raise it when the block is left.
 
-    A second one, where the first has no effect, is raised. In other threads than the main one, and
-    where somebody else handles interruptions, nothing changes.
+    Raised anywhere, it would leave the event loop half way. A second one, where the first has no
+    effect, is raised at once. In other threads than the main one, and where somebody else handles
+    interruptions, nothing changes.
     """
     interruptions: list[int] = []
 
@@ -82,7 +85,8 @@ def _interruptible(task: asyncio.Task[Any]) -> Iterator[list[int]]:
         interruptions.append(number)
         if len(interruptions) > 1:
             raise KeyboardInterrupt
-        task.get_loop().call_soon_threadsafe(task.cancel)
+        if task is not None:
+            task.get_loop().call_soon_threadsafe(task.cancel)
 
     is_ours = (
         threading.current_thread() is threading.main_thread()
@@ -91,10 +95,15 @@ def _interruptible(task: asyncio.Task[Any]) -> Iterator[list[int]]:
     if is_ours:
         signal.signal(signal.SIGINT, interrupt)
     try:
-        yield interruptions
+        yield
+    except asyncio.CancelledError:
+        if not interruptions:
+            raise
     finally:
         if is_ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interruptions:
+        raise KeyboardInterrupt
 
 
 def drain(items: AsyncGenerator[T]) -> Generator[T]:
