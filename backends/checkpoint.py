@@ -10,6 +10,15 @@ from typing import Any
 from specguard.core.errors import SpecguardError, UsageError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_COUNTS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "vocab_size",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +125,12 @@ def open_checkpoint(source: str) -> Checkpoint:
     )
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether this reads as the id of a model on the hub, and is no folder here."""
+    is_path = source.startswith((".", "/", "~")) or Path(source).expanduser().is_dir()
+    return not is_path and _HUB_ID.fullmatch(source) is not None
+
+
 def is_on_disk(source: str) -> bool:
     """Whether `open_checkpoint` would find a folder with weights."""
     folder = Path(source).expanduser()
@@ -150,7 +165,7 @@ def split_revision(hub_id: str) -> tuple[str, str | None]:
 
 
 def _cached_snapshot(source: str) -> Path:
-    if not _HUB_ID.fullmatch(source) or source.startswith((".", "/", "~")):
+    if not is_hub_id(source):
         raise SpecguardError(
             f"there is no model folder {source!r}",
             "give a folder with config.json and safetensors, or a hub id like owner/name",
@@ -176,7 +191,22 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise SpecguardError(
             f"{folder} has no config.json", "give the folder of a Hugging Face checkpoint"
         )
-    return read_json_object(path)
+    config = read_json_object(path)
+    text_config = config.get("text_config")
+    _check_counts(path, config)
+    if isinstance(text_config, dict):
+        _check_counts(path, text_config)
+    return config
+
+
+def _check_counts(path: Path, config: dict[str, Any]) -> None:
+    for name in _COUNTS:
+        value = config.get(name)
+        if value is not None and not (isinstance(value, (int, float)) and value >= 1):
+            raise SpecguardError(
+                f"{path}: {name} is {value!r}, and should be a number from 1 on",
+                "download or copy the file again",
+            )
 
 
 def _weight_files(folder: Path) -> list[Path]:

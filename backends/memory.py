@@ -21,6 +21,17 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelSize:
+    """What a model is known to need before it is on this disk.
+
+    ``num_cached_numbers`` are the numbers that the keys and values of one token are.
+    """
+
+    num_parameters: int
+    num_cached_numbers: int
+
+
+@dataclass(frozen=True, slots=True)
 class Demand:
     """What a model takes once loaded; ``num_bytes_per_token`` are of its keys and values."""
 

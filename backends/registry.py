@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Protocol, cast, runtime_checkable
 
-from specguard.backends.memory import Demand
+from specguard.backends.memory import Demand, ModelSize
 from specguard.core.engine import Engine
 from specguard.core.errors import SpecguardError, UsageError
 
@@ -20,6 +20,7 @@ BUILT_IN: Mapping[str, str] = {
     "cuda": "specguard.backends.pytorch.backend:CUDA",
     "mps": "specguard.backends.pytorch.backend:MPS",
     "cpu": "specguard.backends.pytorch.backend:CPU",
+    "vllm": "specguard.backends.vllm.backend:VLLM",
 }
 
 
@@ -73,6 +74,26 @@ class MeasuredBackend(Backend, Protocol):
 
         Raises:
             SpecguardError: the model is missing or broken, or there is no such device.
+        """
+
+
+@runtime_checkable
+class TunableBackend(Backend, Protocol):
+    """A backend whose engine has arguments of its own."""
+
+    def with_arguments(self, arguments: Mapping[str, str]) -> Backend:
+        """The same backend with these, by name; `load` refuses those that the engine lacks."""
+
+
+@runtime_checkable
+class EstimatedBackend(Backend, Protocol):
+    """A backend that says so of a model that is still to be downloaded, by its size."""
+
+    def estimate(self, size: ModelSize, device: str | None) -> Demand:
+        """What one of a pair's checkpoints would take, loaded with dtype "auto".
+
+        Raises:
+            SpecguardError: there is no such device.
         """
 
 
@@ -132,6 +153,42 @@ def choose_backend(name: str) -> tuple[str, Backend, str | None]:
     if not status.is_usable:
         raise SpecguardError(f"backend {base!r} cannot be used: {status.reason}", status.hint)
     return base, backend, name if number else None
+
+
+def arguments_by_role(
+    arguments: Mapping[str, str], backends: Mapping[str, str]
+) -> dict[str, dict[str, str]]:
+    """Arguments of each role's engine.
+
+    Args:
+        arguments: by name, ``name`` for every engine that takes any, ``role.name`` for one.
+        backends: names of backends, by role.
+
+    Raises:
+        UsageError: an engine that takes none is given one.
+    """
+    found: dict[str, dict[str, str]] = {role: {} for role in backends}
+    if not arguments:
+        return found
+    takers = {
+        role
+        for role, name in backends.items()
+        if isinstance(choose_backend(name)[1], TunableBackend)
+    }
+    for given, value in arguments.items():
+        role, dot, name = given.partition(".")
+        roles = {role} & backends.keys() if dot else takers
+        if not roles or not roles <= takers:
+            whose = f"the {role}'s engine" if dot else "the backend " + backends_named(backends)
+            raise UsageError(f"{whose} takes no engine arguments: {given}", "--backend vllm does")
+        for each in roles:
+            found[each][name if dot else given] = value
+    return found
+
+
+def backends_named(backends: Mapping[str, str]) -> str:
+    """Their names, each once."""
+    return " and ".join(dict.fromkeys(backends.values()))
 
 
 def _auto_order() -> tuple[str, ...]:

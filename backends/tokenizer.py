@@ -8,6 +8,7 @@ from typing import Any
 from specguard.backends.checkpoint import read_json_object
 from specguard.core.engine import Prompt
 from specguard.core.errors import SpecguardError, UsageError
+from specguard.core.text import END_THINK
 
 _THINKING_SWITCH = "enable_thinking"
 _STAND_IN = "\ue000problem\ue000"
@@ -21,15 +22,28 @@ class FolderTokenizer:
     """
 
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
-        from transformers import AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
         except Exception as error:
+            # It reads the config, too, which may be at fault.
+            try:
+                AutoConfig.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=trust_remote_code
+                )
+            except Exception as cause:
+                needs_code = "trust_remote_code" in str(cause)
+                raise SpecguardError(
+                    f"{folder / 'config.json'} cannot be used: {_one_line(cause)}",
+                    "a model with code of its own needs --trust-remote-code"
+                    if needs_code
+                    else "download or copy the file again",
+                ) from error
             raise SpecguardError(
-                f"the tokenizer in {folder} cannot be read: {_first_line(error)}",
+                f"the tokenizer in {folder} cannot be read: {_one_line(error)}",
                 "the folder needs tokenizer.json and tokenizer_config.json",
             ) from error
         if not self._tokenizer.is_fast:
@@ -53,9 +67,10 @@ class FolderTokenizer:
     def encode_prompt(self, problem: str, system_prompt: str | None, thinking: bool) -> Prompt:
         """The prompt's ids and the tokens of the problem, found by their character offsets.
 
+        A system prompt that the template has no place for stands in front of the problem.
+
         Raises:
-            UsageError: thinking is asked of a template without that switch, or a system prompt of
-                a template that has no place for it.
+            UsageError: thinking is asked of a template that knows none.
         """
         problem = problem.strip()
         text = self._render(problem, system_prompt, thinking)
@@ -87,25 +102,37 @@ class FolderTokenizer:
         return text
 
     def _render(self, problem: str, system_prompt: str | None, thinking: bool) -> str:
-        template = self._tokenizer.chat_template
-        has_switch = bool(template) and _THINKING_SWITCH in str(template)
-        if thinking and not has_switch:
-            raise UsageError("this model's chat template has no switch for thinking")
-        if not template:
-            return f"{system_prompt}\n\n{problem}\n\n" if system_prompt else f"{problem}\n\n"
-        messages = [{"role": "user", "content": problem}]
-        if system_prompt:
-            messages.insert(0, {"role": "system", "content": system_prompt})
-        options = {_THINKING_SWITCH: thinking} if has_switch else {}
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **options
+        template = str(self._tokenizer.chat_template or "")
+        has_switch = _THINKING_SWITCH in template
+        # A template that cuts thinking out of earlier turns is of a model that always thinks.
+        if thinking and not has_switch and END_THINK not in template:
+            raise UsageError(
+                "this model's chat template has no switch for thinking", "leave --thinking out"
             )
+        in_front = f"{system_prompt}\n\n{problem}" if system_prompt else problem
+        if not template:
+            return f"{in_front}\n\n"
+        options = {_THINKING_SWITCH: thinking} if has_switch else {}
+        user = {"role": "user", "content": problem}
+        if system_prompt:
+            try:
+                text = self._apply([{"role": "system", "content": system_prompt}, user], options)
+            except Exception:
+                text = ""
+            if system_prompt.strip() in text:
+                return text
+            user["content"] = in_front
+        try:
+            return self._apply([user], options)
         except Exception as error:
             raise UsageError(
-                f"the chat template refuses this prompt: {_first_line(error)}",
-                "some templates have no place for a system prompt: leave it out",
+                f"the chat template refuses this prompt: {_one_line(error)}"
             ) from error
+
+    def _apply(self, messages: list[dict[str, str]], options: Mapping[str, bool]) -> str:
+        text: str = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **options
+        )
         return text
 
 
@@ -118,5 +145,5 @@ def _eos_ids(folder: Path, tokenizer_eos: int | None) -> set[int]:
     return ids
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -32,7 +32,9 @@ def compare(count: int, names: tuple[str, str]) -> None:
     Solutions are equal where every token of every candidate, every decision and the finish reasons
     are. Others are listed, with the distance of both scores from the threshold.
     """
-    solvers = [load(BUILT_IN_PAIR, backend=name, dtype="float32") for name in names]
+    solvers = [
+        load(BUILT_IN_PAIR, backend=name, dtype="float32", draft_cost=None) for name in names
+    ]
     paper = replace(find_pair(BUILT_IN_PAIR).verifier, **PRESETS["paper"])
     modes: dict[str, dict[str, Any]] = {
         "sampled": {"num_candidates": 8},

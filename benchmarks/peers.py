@@ -21,6 +21,7 @@ from benchmarks.random_pair import random_pair
 from benchmarks.replay import Schedule, replaying
 from specguard import Solver, UsageError, load
 from specguard.bench.tables import as_table, machine, machine_line
+from specguard.core.config import USUAL_TOKENS
 from specguard.models.pairs import BUILT_IN_PAIR
 from specguard.models.tiny import problems
 
@@ -122,7 +123,7 @@ def missing_peers() -> list[str]:
 def built_in_contenders(backend: str) -> list[Contender]:
     """Greedy decoding by the built-in pair, to the end of the solution."""
     solver = load(BUILT_IN_PAIR, backend=backend, dtype="float32")
-    contenders = peer_contenders(solver, backend, solver.config.max_tokens, stops=True)
+    contenders = peer_contenders(solver, backend, USUAL_TOKENS, stops=True)
     for method in "target", "sd", "specguard":
         contenders.append(
             _solving(solver, backend, {"method": method}, is_lossless=method != "specguard")
@@ -144,8 +145,9 @@ def replayed_contenders(
     draft, target = sources
     solver = load(draft=draft, target=target, backend=backend, dtype="float32")
     num_steps = max(1, round(num_tokens / STEP_LENGTH))
-    plain = replaying(solver, Schedule.of(num_steps, STEP_LENGTH, 0.0))
-    contenders = peer_contenders(solver, backend, plain.config.max_tokens, stops=False)[:1]
+    schedule = Schedule.of(num_steps, STEP_LENGTH, 0.0)
+    plain = replaying(solver, schedule)
+    contenders = peer_contenders(solver, backend, schedule.num_tokens, stops=False)[:1]
     contenders.append(_solving(plain, backend, {"method": "target"}))
     for share in acceptances:
         replayed = replaying(solver, Schedule.of(num_steps, STEP_LENGTH, share))

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import click
@@ -10,41 +11,46 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from specguard import UsageError
-from specguard.bench.methods import choose_methods
+from specguard.bench.methods import choose_methods, known_methods
 from specguard.cli.data import data_options, read_data
-from specguard.cli.options import ModelOptions, model_options, numbers
+from specguard.cli.groups import Group
+from specguard.cli.options import ModelOptions, model_options
 from specguard.cli.output import console, print_notes
-from specguard.core import Solver, SpecguardError
-from specguard.files import write_atomically
+from specguard.cli.values import COUNT, SEED, Several
+from specguard.core import SolveConfig, Solver, SpecguardError
+from specguard.files import check_output_folder, write_atomically
 
+_INDENTED: Any = {"initial_indent": "  ", "subsequent_indent": "  ", "break_on_hyphens": False}
 _DEFAULT_METHODS = "target,draft,sd,specguard,paper"
 
 
-@click.group(invoke_without_command=True)
+@click.group(
+    cls=Group,
+    invoke_without_command=True,
+    epilog="\b\nMethods:\n" + fill(", ".join(known_methods(SolveConfig())), 70, **_INDENTED),
+)
 @model_options
 @click.option(
     "--methods",
     default=_DEFAULT_METHODS,
-    show_default=True,
     help="Separated by commas; NAME@K is one with K candidates, or K samples to choose "
     "from; NAME@=METHOD with as many as come nearest to the time of METHOD.",
 )
 @data_options
-@click.option("--seeds", default="0", show_default=True, help="Separated by commas.")
+@click.option("--seeds", type=Several(SEED), default="0", help="Separated by commas.")
 @click.option(
     "--batch-size",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=1,
-    show_default=True,
     help="Problems at a time; times are then shares of a batch.",
 )
 @click.option(
     "--memory-budget",
-    type=click.IntRange(min=1),
+    type=COUNT,
     metavar="MIB",
     help="Most memory for the keys and values of a batch; problems wait until there is room.",
 )
-@click.option("--reward", metavar="MODEL", help="Process reward model, in place of the pair's.")
+@click.option("--reward", metavar="MODEL", show_default="the pair's", help="Process reward model.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
@@ -59,27 +65,29 @@ def bench(
     data: Path | None,
     fields: str | None,
     limit: int | None,
-    seeds: str,
+    seeds: tuple[int, ...],
     batch_size: int,
     memory_budget: int | None,
     reward: str | None,
     output: Path | None,
 ) -> None:
-    """Compare METHODS on a data set: accuracy, latency, acceptance, and what the target had to do.
+    """Compare methods on a data set.
 
-    Results are appended to OUTPUT as each problem ends; the same command goes on where a run was
-    stopped, and more problems, methods or seeds may be added.
+    Accuracy, latency, acceptance, and what the target had to do. Results are appended to OUTPUT as
+    each problem ends; the same command goes on where a run was stopped, and more problems, methods
+    or seeds may be added.
     """
     if ctx.invoked_subcommand is not None:
         _refuse_options(ctx)
         return
     if output is None:
         raise click.MissingParameter(ctx=ctx, param_hint="'--output'", param_type="option")
-    chosen_seeds = numbers(seeds, "--seeds", int)
-    if any(seed < 0 for seed in chosen_seeds):
-        raise UsageError("a seed must not be negative")
     if memory_budget is not None and batch_size == 1:
         raise UsageError("--memory-budget has no meaning without a --batch-size")
+    names = tuple(filter(None, map(str.strip, methods.split(","))))
+    if not choose_methods(names, SolveConfig()):  # an unknown one is refused before any work
+        raise UsageError("no method is given", "see specguard bench --help")
+    check_output_folder(output)
     items = read_data(dataset, data, fields, limit)
     try:
         from specguard.bench.runner import Run
@@ -88,18 +96,18 @@ def bench(
             f"the package {error.name} is not installed", "pip install 'specguard[bench]'"
         ) from error
     err = console(stderr=True)
-    solver = models.load()
+    # Methods are compared with every step drafted, so that only this one asks what that costs.
+    falls_back = any(name.startswith("specguard-fallback") for name in names)
+    solver = models.load() if falls_back else models.load(draft_cost=None)
     print_notes(solver, err)
-    chosen = choose_methods(tuple(filter(None, map(str.strip, methods.split(",")))), solver.config)
-    if not chosen:
-        raise UsageError("no method is given")
+    chosen = choose_methods(names, solver.config)
     if any(method.needs_reward for method in chosen):
         solver.pair = replace(solver.pair, reward=models.load_reward(reward))
     elif reward is not None:
         raise UsageError("--reward has no meaning: none of the methods asks a reward model")
     budget = None if memory_budget is None else memory_budget * 2**20
     backend = models.choose().backend
-    run = Run(solver, items, chosen, chosen_seeds, output, backend, batch_size, budget)
+    run = Run(solver, items, chosen, seeds, output, backend, batch_size, budget)
     try:
         _work(run, err)
     finally:

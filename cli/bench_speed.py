@@ -9,28 +9,43 @@ from itertools import islice
 import click
 from rich.progress import Progress
 
-from specguard import UsageError
 from specguard.bench.speed import Speed, SpeedRun
 from specguard.bench.tables import as_table, machine, machine_line
-from specguard.cli.options import ModelOptions, model_options, numbers
+from specguard.cli.options import ModelOptions, model_options
 from specguard.cli.output import console, print_notes
+from specguard.cli.values import CANDIDATES, COUNT, SHARE, Several
+
+# What stands below the tables; docs/measurements.md says how the terms make up a token's time.
+LEGEND = """\
+verbs: prefill reads the prompt, decode writes a token, verify reads k candidates of the draft,
+  read goes on from a step that the other model wrote
+t_d(k), t_t: ms of a decode step of the draft for k candidates, and of the target
+v, s: ms of the verifying pass, and of the draft's reading of a rewritten step
+n, n_max, n_r: tokens of the mean step, of its longest candidate, and written by the target in a
+  rejected step; r: share of rejected steps
+ideal: the least that a token can take with these; ratio: measured to ideal; outside models: share
+  of the time in which neither model worked
+speed-ups are over the target alone: without / with the reading of the prompt
+"""
 
 
 @click.command()
 @model_options
 @click.option(
-    "--k", "counts", default="1,4,16", show_default=True, help="Candidates, separated by commas."
+    "--k",
+    "counts",
+    type=Several(CANDIDATES),
+    default="1,4,16",
+    help="Candidates, separated by commas.",
 )
 @click.option(
     "--acceptance",
     "acceptances",
+    type=Several(SHARE),
     default="0.5,0.7,0.9",
-    show_default=True,
     help="Shares of accepted steps to predict at, beside the measured one.",
 )
-@click.option(
-    "--count", type=click.IntRange(min=1), default=20, show_default=True, help="Problems to solve."
-)
+@click.option("--count", type=COUNT, default=20, help="Problems to solve.")
 @click.option(
     "--cpu-time",
     is_flag=True,
@@ -39,48 +54,47 @@ from specguard.cli.output import console, print_notes
 @click.option("--json", "as_json", is_flag=True, help="One JSON object in place of the tables.")
 def speed(
     models: ModelOptions,
-    counts: str,
-    acceptances: str,
+    counts: tuple[int, ...],
+    acceptances: tuple[float, ...],
     count: int,
     cpu_time: bool,
     as_json: bool,
 ) -> None:
-    """Rates of both models, the speed-up that they allow, and the one that is measured.
+    """Measure both models here, and the speed-up that comes of it.
 
-    The built-in held-out problems are solved by the target alone and with each number of
-    candidates in turn; before that, the verbs of both models are timed on the same problem.
+    Rates of both, the speed-up that they allow, and the one that is measured. The built-in held-out
+    problems are solved by the target alone and with each number of candidates in turn; before that,
+    the verbs of both models are timed on the same problem. What drafting costs is measured anew,
+    and kept for solve.
     """
-    shares = numbers(acceptances, "--acceptance", float)
-    if any(not 0 <= share <= 1 for share in shares):
-        raise UsageError("--acceptance lies in [0, 1]")
-    candidates = numbers(counts, "--k", int)
-    if any(number < 1 for number in candidates):
-        raise UsageError("--k must be at least 1")
     from specguard.models.tiny import problems
 
     clock = time.process_time if cpu_time else time.perf_counter
     err = console(stderr=True)
-    solver = models.load()
+    solver = models.load(remeasure=True)  # and keeps the figures for `solve`
     print_notes(solver, err)
-    run = SpeedRun(solver, candidates, clock)
+    run = SpeedRun(solver, counts, clock)
     texts = [problem.text for problem in islice(problems.stream(problems.HELD_OUT), count)]
     with Progress(console=err, disable=not err.is_terminal) as progress:
         run.warm_up(texts[0])
         for text in progress.track(texts, description="solving"):
             run.add(text)
-    found = run.report(shares)
+    found = run.report(acceptances)
     about = {
         **machine(),
         "backend": models.choose().backend,
         "time": "CPU time" if cpu_time else "wall clock",
     }
     if as_json:
-        click.echo(json.dumps({"machine": about, **asdict(found)}))
+        cost = solver.config.draft_cost
+        draft_cost = None if cost is None else asdict(cost)
+        click.echo(json.dumps({"machine": about, "draft_cost": draft_cost, **asdict(found)}))
         return
     click.echo(f"{machine_line(about)}; {found.num_problems} problems, medians over problems.\n")
     click.echo(rates_table(found))
     click.echo(costs_table(found))
-    click.echo(speed_ups_table(found), nl=False)
+    click.echo(speed_ups_table(found))
+    click.echo(LEGEND, nl=False)
 
 
 def rates_table(found: Speed) -> str:

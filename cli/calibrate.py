@@ -10,10 +10,17 @@ from rich.progress import Progress
 from specguard.cli.data import data_options, read_data
 from specguard.cli.options import ModelOptions, model_options
 from specguard.cli.output import console, print_notes
+from specguard.cli.values import CANDIDATES, SHARE
 from specguard.core import SolveConfig, Solver, SpecguardError
 from specguard.core.config import TARGET_SELECTOR, changed_settings
-from specguard.files import write_atomically
-from specguard.models.profiles import Profile, fingerprint, profile_path, save_profile
+from specguard.files import cannot_write, check_output_file, write_atomically
+from specguard.models.profiles import (
+    NO_PROFILE,
+    Profile,
+    fingerprint,
+    profile_path,
+    save_profile,
+)
 
 LABELS_VERSION = 1  # grows where equal settings come to mean other labels
 
@@ -23,22 +30,29 @@ LABELS_VERSION = 1  # grows where equal settings come to mean other labels
 @model_options
 @data_options
 @click.option(
-    "--verifier", type=click.Choice(["draft", "target"]), help="Who verifies [the pair's own]."
+    "--verifier",
+    type=click.Choice(["draft", "target"]),
+    show_default="the pair's",
+    help="Who verifies.",
 )
-@click.option("--k", "num_candidates", type=click.IntRange(min=1), help="Candidates per step.")
+@click.option(
+    "--k",
+    "num_candidates",
+    type=CANDIDATES,
+    show_default="the pair's",
+    help="Candidates per step.",
+)
 @click.option(
     "--fit",
     "kind",
     type=click.Choice(["beta", "logistic"]),
     default="beta",
-    show_default=True,
     help="Weigh log-probability against grounding, or every signal.",
 )
 @click.option(
     "--accept-wrong",
-    type=click.FloatRange(0, 1),
+    type=SHARE,
     default=0.05,
-    show_default=True,
     help="Largest share of the wrong steps that may pass.",
 )
 def calibrate(
@@ -60,6 +74,9 @@ def calibrate(
     beside the profile, so that a run that was stopped goes on and another fit takes seconds.
     """
     labels_path = profile_path(name).with_suffix(".jsonl")
+    if labels_path.parent.exists():  # else it is made
+        for suffix in ".toml", ".jsonl", ".png":
+            check_output_file(labels_path.with_suffix(suffix))
     items = read_data(dataset, data, fields, limit or (100 if data is None else None))
     try:
         from specguard.bench.grading import Grader
@@ -71,7 +88,8 @@ def calibrate(
             f"the package {error.name} is not installed", "pip install 'specguard[bench]'"
         ) from error
     err = console(stderr=True)
-    solver = models.load()
+    # What is to be fitted anew is not what it begins with.
+    solver = replace(models, profile=models.profile or NO_PROFILE).load(draft_cost=None)
     print_notes(solver, err)
     solver = _labelling(solver, verifier, num_candidates)
     assert solver.draft is not None
@@ -96,7 +114,11 @@ def calibrate(
             if row["id"] in wanted
             for step in row["steps"]
         ]
-    fitted = fit(rows, solver.config.verifier, kind, accept_wrong)  # type: ignore[arg-type]
+    try:
+        fitted = fit(rows, solver.config.verifier, kind, accept_wrong)  # type: ignore[arg-type]
+    except SpecguardError as error:
+        kept = f"the labels so far are kept: {labels_path}" if rows else ""
+        raise SpecguardError(error.message, "; ".join(filter(None, (error.hint, kept)))) from error
     figures: dict[str, Any] = {
         "steps": fitted.num_steps,
         "right": fitted.num_right,
@@ -105,9 +127,15 @@ def calibrate(
         "right_accepted": fitted.right_accepted,
         "wrong_accepted": fitted.wrong_accepted,
     }
-    profile = Profile(name, settings["draft"], settings["target"], fitted.verifier, figures)
+    profile = Profile(
+        name, settings["draft"], settings["target"], fitted.verifier, figures, items.name
+    )
     path = save_profile(profile)
-    write_atomically(path.with_suffix(".png"), reliability_plot(fitted))
+    plot_path = path.with_suffix(".png")
+    try:
+        write_atomically(plot_path, reliability_plot(fitted))
+    except OSError as error:
+        raise cannot_write(plot_path, error) from error
     weights = ", ".join(f"{key} {value:.2f}" for key, value in fitted.verifier.weights.items())
     click.echo(f"{fitted.num_steps} steps, {fitted.num_right} of them right")
     click.echo(f"weights: {weights}; threshold {fitted.verifier.threshold:.3f}")
@@ -116,7 +144,10 @@ def calibrate(
         f"accepts {fitted.right_accepted:.1%} of the right and {fitted.wrong_accepted:.1%} of the "
         "wrong steps"
     )
-    click.echo(f"profile: {path} (use it: --profile {name})")
+    click.echo(f"profile: {path}")
+    click.echo(
+        "used for these models from now on (--profile NAME: another; --profile none: without)"
+    )
 
 
 def _labelling(solver: Solver, verifier: Any, num_candidates: int | None) -> Solver:
@@ -124,7 +155,7 @@ def _labelling(solver: Solver, verifier: Any, num_candidates: int | None) -> Sol
     config = solver.config
     if verifier is not None:
         config = replace(config, selector=_embedder(config))
-        config = replace(config, verifier=replace(config.verifier, model=verifier, bounds={}))
+        config = replace(config, verifier=replace(config.verifier.asking(verifier), bounds={}))
     if num_candidates is not None:
         config = replace(config, num_candidates=num_candidates)
     return Solver(solver.draft, solver.target, config)

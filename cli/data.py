@@ -8,6 +8,7 @@ import click
 
 from specguard.bench.datasets import BUILT_IN, SOURCES, DataSet, Fields, load_dataset
 from specguard.cli.output import console
+from specguard.cli.values import COUNT
 from specguard.core.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -20,13 +21,16 @@ def data_options(command: F) -> F:
             click.option(
                 "--dataset",
                 type=click.Choice([BUILT_IN, *SOURCES]),
-                help=f"From the hub, but for {BUILT_IN} [{BUILT_IN}].",
+                show_default=BUILT_IN,
+                help=f"From the hub, but for {BUILT_IN}.",
             ),
             click.option(
                 "--data", type=click.Path(path_type=Path), help="A JSONL file of problems."
             ),
             click.option("--fields", help="Of --data: problem=NAME,answer=NAME[,id=NAME]."),
-            click.option("--limit", type=click.IntRange(min=1), help="So many problems at most."),
+            click.option(
+                "--limit", type=COUNT, show_default="all", help="So many problems at most."
+            ),
         )
     ):
         command = option(command)

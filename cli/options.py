@@ -1,24 +1,27 @@
 """Option groups that several commands share, and how they become settings."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from typing import Any, TypeVar, get_args
 
 import click
 
-from specguard.core import RewardModel, Solver
+from specguard.cli.values import CANDIDATES, COUNT, SEED, SHARE, Number
+from specguard.core import DraftCost, RewardModel, Solver
 from specguard.core.config import (
+    PAPER_CANDIDATES,
     PRESETS,
     TARGET_SELECTOR,
     Method,
-    SolveConfig,
-    VerifierConfig,
+    RewriteFrom,
     ensemble_weights,
 )
 from specguard.core.engine import Sampling
 from specguard.core.errors import UsageError
-from specguard.loading import Choice, choose, load, load_reward
+from specguard.loading import Choice, choose, configure, load, load_reward
+from specguard.models.pairs import pair_names
+from specguard.models.profiles import profile_names
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,10 +36,12 @@ LIMITED = {
     "verifier": ("--verifier", _SPECGUARD),
     "sources": ("--sources", _SPECGUARD),
     "selector": ("--selector", _STEPWISE),
+    "rewrite_from": ("--rewrite-from", _SPECGUARD),
     "rewrite_temperature": ("--rewrite-temperature", _STEPWISE),
     "num_speculated": ("--speculate", ("sd",)),
     "reward": ("--reward", ("rsd",)),
     "no_fallback": ("--no-fallback", _STEPWISE),
+    "draft_cost": ("--draft-cost", _STEPWISE),
 }
 # Options that are fields of `SolveConfig` as they stand.
 UNCHANGED = (
@@ -65,12 +70,15 @@ class ModelOptions:
     backend: str
     draft_backend: str | None
     dtype: str
+    engine_args: tuple[str, ...]
     trust_remote_code: bool
     profile: str | None
 
     def choose(self) -> Choice:
         """What will be loaded."""
-        return choose(self.pair, self.backend, self.draft, self.target, self.draft_backend)
+        return choose(
+            self.pair, self.backend, self.draft, self.target, self.draft_backend, self.profile
+        )
 
     def load(self, **more: Any) -> Solver:
         """The models with settings."""
@@ -81,6 +89,7 @@ class ModelOptions:
             draft=self.draft,
             target=self.target,
             dtype=self.dtype,
+            engine_args=_named(self.engine_args),
             trust_remote_code=self.trust_remote_code,
             profile=self.profile,
             **more,
@@ -90,6 +99,21 @@ class ModelOptions:
         """The process reward model that was named, or the pair's."""
         pair = self.choose().pair
         return load_reward(pair, reward, self.backend, self.dtype, self.trust_remote_code)
+
+
+def _named(arguments: tuple[str, ...]) -> dict[str, str]:
+    named = {}
+    for argument in arguments:
+        name, sign, value = argument.partition("=")
+        if not (name and sign):
+            raise UsageError(f"--engine-arg must be NAME=VALUE, not {argument!r}")
+        named[name.strip().replace("-", "_")] = value.strip()
+    return named
+
+
+def completing(names: Callable[[], Iterable[str]]) -> Callable[..., list[str]]:
+    """What a shell offers for a value that is one of these names."""
+    return lambda _, __, begun: [name for name in names() if name.startswith(begun)]
 
 
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -104,7 +128,12 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         (
             click.option(
-                "--models", "pair", metavar="PAIR", help="Model pair, see specguard models."
+                "--models",
+                "pair",
+                metavar="PAIR",
+                shell_complete=completing(pair_names),
+                show_default="your choice, else one on this disk, else tiny",
+                help="Model pair, see specguard models.",
             ),
             click.option(
                 "--draft", metavar="MODEL", help="Draft: a folder or a downloaded hub id."
@@ -113,8 +142,7 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--backend",
                 default="auto",
-                show_default=True,
-                metavar="[auto|mlx|cuda|cuda:N|mps|cpu]",
+                metavar="[auto|mlx|cuda|cuda:N|mps|cpu|vllm]",
                 help="Where to run, see specguard backends.",
             ),
             click.option(
@@ -126,11 +154,22 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
                 "--dtype",
                 type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
                 default="auto",
-                show_default=True,
                 help="Number type of the weights.",
             ),
             click.option(
-                "--profile", metavar="NAME", help="A fitted verifier, see specguard calibrate."
+                "--engine-arg",
+                "engine_args",
+                multiple=True,
+                metavar="NAME=VALUE",
+                help="An argument of vLLM's engine, for both models; draft.NAME or target.NAME: "
+                "for one.",
+            ),
+            click.option(
+                "--profile",
+                metavar="NAME",
+                shell_complete=completing(profile_names),
+                show_default="one that fits the models, if there is one",
+                help="A fitted verifier, see specguard profiles; none: without.",
             ),
             click.option(
                 "--trust-remote-code",
@@ -151,15 +190,21 @@ def method_options(command: F) -> F:
                 "--method",
                 type=click.Choice(list(get_args(Method))),
                 default="specguard",
-                show_default=True,
                 help="Step-level speculation, the same by a reward model's judgement (rsd), plain "
                 "decoding by one model, or token-level speculation (sd).",
             ),
-            click.option("--k", "num_candidates", type=int, help="Candidate steps per step."),
+            click.option(
+                "--k",
+                "num_candidates",
+                type=CANDIDATES,
+                show_default="1; 16 with --preset",
+                help="Candidate steps per step.",
+            ),
             click.option(
                 "--first-k",
                 "num_first_candidates",
-                type=int,
+                type=CANDIDATES,
+                show_default="all at once",
                 help="Candidates drawn first; the others only where these disagree.",
             ),
             click.option(
@@ -174,22 +219,50 @@ def method_options(command: F) -> F:
                 help="Draft every step, even while that is slower than the target alone.",
             ),
             click.option(
-                "--temperature", type=float, help="Of the draft's candidates, or of plain decoding."
+                "--draft-cost",
+                metavar="FIGURES",
+                help="What drafting costs, as a record has it, in the target's tokens: candidate, "
+                "further, verification, reading, separated by commas; or measure: anew.",
             ),
-            click.option("--top-p", type=float, help="Likewise."),
+            click.option(
+                "--temperature",
+                type=Number(0),
+                show_default="0.7 for several candidates, else 0: greedy",
+                help="Of the draft's candidates, or of plain decoding.",
+            ),
+            click.option(
+                "--top-p",
+                type=Number(0, 1, min_open=True),
+                show_default="0.8 for several candidates",
+                help="Likewise.",
+            ),
             click.option(
                 "--preset",
                 type=click.Choice(list(PRESETS)),
                 help="A named verifier in place of the pair's own.",
             ),
-            click.option("--beta", type=float, help="Weight of log-prob; the rest is grounding."),
-            click.option("--threshold", type=float, help="Score from which a step is accepted."),
             click.option(
-                "--verifier", type=click.Choice(["draft", "target"]), help="Who verifies."
+                "--beta",
+                type=SHARE,
+                show_default="the pair's",
+                help="Weight of log-prob; the rest is grounding.",
+            ),
+            click.option(
+                "--threshold",
+                type=SHARE,
+                show_default="the pair's; 0.7",
+                help="Score from which a step is accepted.",
+            ),
+            click.option(
+                "--verifier",
+                type=click.Choice(["draft", "target"]),
+                show_default="the pair's; target",
+                help="Who verifies.",
             ),
             click.option(
                 "--sources",
                 type=click.Choice(["problem", "context"]),
+                show_default="problem",
                 help="What counts as ground: problem and accepted steps, or all context.",
             ),
             click.option(
@@ -197,41 +270,61 @@ def method_options(command: F) -> F:
                 metavar="SELECTOR",
                 help="Of the candidates the most consistent one, by draft, ngram, numbers or "
                 "sentence-transformers:NAME; or target: the one that it scores highest.",
+                show_default="the pair's; target",
             ),
             click.option(
-                "--rewrite-temperature", type=float, help="Of the target's rewrites [0: greedy]."
+                "--rewrite-from",
+                type=click.Choice(list(get_args(RewriteFrom))),
+                show_default="the pair's; doubt",
+                help="Where the target begins: at the token that it doubts most, or at the step's "
+                "start.",
+            ),
+            click.option(
+                "--rewrite-temperature",
+                type=Number(0),
+                show_default="0: greedy",
+                help="Of the target's rewrites.",
             ),
             click.option(
                 "--speculate",
                 "num_speculated",
-                type=int,
-                help="Tokens that the draft guesses ahead in --method sd [4].",
+                type=CANDIDATES,
+                show_default="4",
+                help="Tokens that the draft guesses ahead in --method sd.",
             ),
-            click.option("--max-tokens", type=int, help="Most tokens of a solution."),
-            click.option("--max-step-tokens", type=int, help="Most tokens of a step."),
-            click.option("--max-steps", type=int, help="Most steps of a solution."),
-            click.option("--delimiter", help="Text that ends a step [a blank line]."),
-            click.option("--system-prompt", help="In place of the pair's own."),
+            click.option(
+                "--max-tokens",
+                type=COUNT,
+                show_default="2048; with thinking, the context window",
+                help="Most tokens of a solution.",
+            ),
+            click.option(
+                "--max-step-tokens",
+                type=COUNT,
+                show_default="256",
+                help="Most tokens of a step.",
+            ),
+            click.option(
+                "--max-steps",
+                type=COUNT,
+                show_default="any number",
+                help="Most steps of a solution.",
+            ),
+            click.option("--delimiter", show_default="a blank line", help="Text that ends a step."),
+            click.option(
+                "--system-prompt",
+                metavar="TEXT",
+                help='In place of the pair\'s own, or of one that asks for steps and a box; "": '
+                "none.",
+            ),
             click.option(
                 "--thinking", is_flag=True, default=None, help="Switch a template's thinking on."
             ),
-            click.option("--seed", type=int, help="Of all sampling [0]."),
+            click.option("--seed", type=SEED, show_default="0", help="Of all sampling."),
         )
     ):
         command = option(command)
     return command
-
-
-def numbers(text: str, flag: str, kind: type[Any]) -> list[Any]:
-    """Numbers separated by commas, each once.
-
-    Raises:
-        UsageError: something else.
-    """
-    try:
-        return list(dict.fromkeys(kind(part) for part in text.split(",")))
-    except ValueError as error:
-        raise UsageError(f"{flag} must be numbers separated by commas, not {text!r}") from error
 
 
 def check_unicode(text: str, name: str) -> None:
@@ -246,13 +339,14 @@ def check_unicode(text: str, name: str) -> None:
         raise UsageError(f"{name} is not valid UTF-8") from error
 
 
-def settings_from(options: Mapping[str, Any], base: SolveConfig) -> dict[str, Any]:
-    """Changes to ``base`` that the method options ask for.
+def settings_from(options: Mapping[str, Any], choice: Choice) -> dict[str, Any]:
+    """Changes to what is configured for these models that the method options ask for.
 
     Raises:
         UsageError: an impossible value, or an option that the method has no use for.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    base = configure(choice, thinking=True) if "thinking" in given else configure(choice)
     check_unicode(given.get("system_prompt", ""), "--system-prompt")
     for name, (flag, methods) in LIMITED.items():
         if name in given and given["method"] not in methods:
@@ -261,8 +355,13 @@ def settings_from(options: Mapping[str, Any], base: SolveConfig) -> dict[str, An
                 f"leave it out, or use --method {' or '.join(methods)}",
             )
     changes = {name: given[name] for name in UNCHANGED if name in given}
-    if "no_fallback" in given:
-        changes["draft_cost"] = None
+    first, most = given.get("num_first_candidates"), given.get("num_candidates")
+    if first is not None and not 2 <= first <= (most or base.num_candidates):
+        raise UsageError(
+            f"--first-k must be from 2 to --k, {most or base.num_candidates}, not {first}",
+            "give --k too, and a larger one",
+        )
+    changes |= _draft_cost(given)
     if given["method"] == "rsd":
         if "threshold" in given:
             changes["reward_threshold"] = given.pop("threshold")
@@ -281,26 +380,52 @@ def settings_from(options: Mapping[str, Any], base: SolveConfig) -> dict[str, An
             raise UsageError("--top-p has no meaning at temperature 0", "give --temperature too")
     if "rewrite_temperature" in given:
         changes["rewrite_sampling"] = Sampling(given["rewrite_temperature"], 1.0)
-    verifier = _verifier(given, base.verifier)
-    if given.keys() & {"preset", "beta", "threshold", "verifier", "sources"}:
-        changes["verifier"] = verifier  # else what the engines lack may still change it
-    # Presets are the paper's method, whose selector is the medoid; and where the target does not
-    # verify, it cannot select.
-    is_medoid = "preset" in given or verifier.model != "target"
-    if "selector" not in given and base.selector == TARGET_SELECTOR and is_medoid:
-        changes["selector"] = "draft"
+    verifier = _verifier(given)
+    if verifier:
+        changes["verifier"] = verifier
+    if "preset" in given:  # the paper's method: the medoid of 16 candidates
+        changes = {**PAPER_CANDIDATES, **changes}
+    # Where the target does not verify, it cannot select.
+    elif verifier.get("model", base.verifier.model) != "target" and (
+        base.selector == TARGET_SELECTOR
+    ):
+        changes.setdefault("selector", "draft")
     return changes
 
 
-def _verifier(given: Mapping[str, Any], verifier: VerifierConfig) -> VerifierConfig:
+def _draft_cost(given: Mapping[str, Any]) -> dict[str, Any]:
+    if "no_fallback" in given and "draft_cost" in given:
+        raise UsageError("--no-fallback and --draft-cost exclude one another")
+    if "no_fallback" in given:
+        return {"draft_cost": None}
+    if "draft_cost" not in given:
+        return {}
+    if given["draft_cost"] == "measure":
+        return {"remeasure": True}
+    try:
+        figures = [float(figure) for figure in given["draft_cost"].split(",")]
+    except ValueError:
+        figures = []
+    if not 1 <= len(figures) <= 4:
+        raise UsageError(
+            f"--draft-cost must be one to four numbers, or measure, not {given['draft_cost']!r}"
+        )
+    return {"draft_cost": DraftCost(*figures)}
+
+
+def _verifier(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes to the pair's own."""
     if "preset" in given and "beta" in given:
         raise UsageError("--preset and --beta exclude one another")
     changes: dict[str, Any] = dict(PRESETS[given["preset"]]) if "preset" in given else {}
     if "beta" in given:
         changes["weights"] = ensemble_weights(given["beta"])
-    for name, field in ("threshold", "threshold"), ("verifier", "model"), ("sources", "sources"):
+    for name, field in (
+        ("threshold", "threshold"),
+        ("verifier", "model"),
+        ("sources", "sources"),
+        ("rewrite_from", "rewrite_from"),
+    ):
         if name in given:
             changes[field] = given[name]
-    if changes.get("model", verifier.model) != verifier.model:
-        changes["bounds"] = {}  # they were fitted to the other model's signals
-    return replace(verifier, **changes)
+    return changes

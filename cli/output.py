@@ -1,5 +1,6 @@
 """What a person sees: steps and answer on stdout, progress and statistics on stderr."""
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -7,11 +8,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from specguard.core import Solver
+from specguard.cli.status import Loading, Solving, StatusLine
+from specguard.core import PhaseBegan, Progress, Solver
+from specguard.core.config import Method, SolveConfig
 from specguard.core.records import Solution, StepRecord
 from specguard.loading import Choice
+from specguard.wording import acceptance, is_same_text, label, misfit, no_answer, verdict
 
-_SHOWN_SCORES = ("log_prob", "grounding", "consistency", "reward")
+_STYLES = {"accepted": "green", "rewritten": "yellow", "plain": "cyan"}
 
 
 def console(stderr: bool = False) -> Console:
@@ -27,21 +31,48 @@ def print_notes(solver: Solver, err: Console) -> None:
 
 
 class Reporter:
-    """Shows a solution while it is made; a silent one shows nothing."""
+    """Shows a solution while it is made; a silent one prints nothing of it.
 
-    def __init__(self, is_silent: bool) -> None:
-        self.is_silent = is_silent
+    On a terminal a line at the bottom says what is going on. Where data goes to the same terminal
+    and nothing else is to be on it (``is_silent``), there is none.
+    """
+
+    def __init__(self, is_silent: bool = False, is_quiet: bool = False) -> None:
+        self.is_silent = is_silent or is_quiet
         self.out = console()
         self.err = console(stderr=True)
+        is_shown = not is_quiet and not (is_silent and self.out.is_terminal)
+        self.status = StatusLine(self.err, is_shown)
 
     @contextmanager
     def loading(self) -> Iterator[Callable[[str], None]]:
-        """A spinner on stderr while models load; yields what to call with each one's name."""
-        if self.is_silent or not self.err.is_terminal:
-            yield lambda _: None
+        """Say what is loaded; yields what to call with each model's name."""
+        progress = Loading()
+
+        def begin(source: str) -> None:
+            progress.begin(source)
+            self.status.show(progress.parts)
+
+        with self.status as status:
+            status.show(progress.parts)
+            yield begin
+
+    @contextmanager
+    def solving(self, method: Method) -> Iterator[Callable[[Progress], None] | None]:
+        """Say what is done; yields what to call with every event, None where nobody looks."""
+        if not self.status.is_live:
+            yield None
             return
-        with self.err.status("loading") as status:
-            yield lambda name: status.update(f"loading {escape(name)}")
+        progress = Solving(method)
+
+        def hear(event: Progress) -> None:
+            progress.hear(event)
+            if isinstance(event, PhaseBegan):
+                self.status.show(progress.parts)
+
+        with self.status as status:
+            status.show(progress.parts)
+            yield hear
 
     def start(self, solver: Solver, choice: Choice) -> None:
         """Hints that belong before the first step."""
@@ -56,45 +87,45 @@ class Reporter:
             )
         if config.method == "specguard" and not config.verifier.is_calibrated:
             self.err.print(
-                "Uncalibrated: no verifier bounds are fitted to this pair, conservative ones are "
-                "used.",
-                style="yellow",
+                Text(
+                    "Uncalibrated: no verifier is fitted to this pair. To fit one: "
+                    f"{_calibration(choice)}",
+                    style="yellow",
+                )
             )
         print_notes(solver, self.err)
 
-    def step(self, step: StepRecord) -> None:
-        """One step: who wrote it, its text, its scores."""
+    def step(self, step: StepRecord, config: SolveConfig) -> None:
+        """One step: who wrote it, why it stands there, its text as it is."""
+        self.status.hide()
         if self.is_silent:
             return
-        style, label = {
-            "accepted": ("green", "accepted draft"),
-            "rewritten": ("yellow", "rewritten by target"),
-            "plain": ("cyan", f"{step.author}, no draft" if step.is_fallback else step.author),
-        }[step.decision]
-        self.out.print(Text(f"[{step.index + 1}] {label}", style=f"bold {style}"), end="")
-        self.out.print(Text(f"  {_scores(step)}", style="dim"))
-        if step.draft_text is not None:
-            self.out.print(Text(f"    draft: {_one_line(step.draft_text)}", style="dim strike"))
-        self.out.print(Text(f"    {step.text.strip()}".replace("\n", "\n    ")))
+        if step.index:
+            self.out.print()
+        style = f"bold {_STYLES[step.decision]}"
+        said = verdict(step, config) or f"{step.num_tokens} tokens"
+        heading = Text.assemble((f"[{step.index + 1}] {label(step)}", style), (f"  {said}", "dim"))
+        self.out.print(heading)
+        if step.draft_text is not None and not is_same_text(step):
+            draft = " ".join(step.draft_text.split()) or "(nothing)"
+            self.out.print(Text(f"draft: {draft}", style="dim strike"))
+        self.out.print(Text(step.text.strip()))
 
     def finish(self, solution: Solution) -> None:
-        """The answer on stdout and one line of statistics on stderr."""
-        if solution.answer is None:
-            self.out.print(f"No answer: finished by {solution.finish_reason}.")
-        else:
-            self.out.print(Text(f"Answer: {solution.answer}", style="bold"))
+        """The answer on stdout and statistics on stderr."""
+        if solution.answer is not None:
+            said = "Answer" if solution.answer_source == "box" else "Answer (last text, no box)"
+            self.out.print()
+            self.out.print(Text(f"{said}: {solution.answer}", style="bold"))
         stats = solution.stats
         parts = [
             f"{stats.seconds:.2f} s",
             f"{stats.num_tokens} tokens",
             f"{stats.tokens_per_second:.1f} tokens/s",
         ]
-        if stats.step_acceptance_rate is not None and stats.token_acceptance_rate is not None:
-            parts += [
-                f"accepted {stats.num_accepted_steps}/{stats.num_steps} steps "
-                f"({stats.step_acceptance_rate:.0%}), {stats.token_acceptance_rate:.0%} of tokens",
-                f"target wrote {stats.num_target_tokens} tokens",
-            ]
+        accepted = acceptance(solution)
+        if accepted is not None:
+            parts += [accepted, f"target wrote {stats.num_target_tokens} tokens"]
             if stats.num_reused_tokens:
                 parts[-1] += f" and kept {stats.num_reused_tokens} of rejected steps"
         if stats.num_guessed_tokens:
@@ -105,19 +136,23 @@ class Reporter:
         if stats.num_fallback_steps:
             parts.append(f"{stats.num_fallback_steps} steps without a draft, which did not pay")
         self.err.print(" | ".join(parts), style="dim")
+        complaint = misfit(solution)
+        if complaint is not None:
+            self.err.print(complaint, style="yellow")
+
+    def no_answer(self, solution: Solution) -> None:
+        """Why there is none and what to do, whatever else is printed."""
+        reason, advice = no_answer(solution)
+        self.err.print(f"No answer: {reason}.", markup=False)
+        self.err.print(f"Hint: {advice}", markup=False)
 
 
-def _scores(step: StepRecord) -> str:
-    if not step.scores:
-        return f"{step.num_tokens} tokens"
-    shown = [
-        f"{name.replace('_', '-')} {step.scores[name]:.2f}"
-        for name in _SHOWN_SCORES
-        if name in step.scores
-    ]
-    relation = ">=" if step.decision == "accepted" else "<"
-    return f"{', '.join(shown)}: ensemble {step.scores['ensemble']:.2f} {relation} {step.threshold}"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split()) or "(nothing)"
+def _calibration(choice: Choice) -> str:
+    """The command that fits a verifier to what was chosen."""
+    words = ["specguard", "calibrate", "NAME", "--data", "FILE"]
+    pair, models = choice.pair, (choice.draft, choice.target)
+    if pair is not None:
+        words += ["--models", pair.name]
+    if pair is None or all(models != pair.sources(weights) for weights in pair.draft):
+        words += ["--draft", str(choice.draft), "--target", str(choice.target)]
+    return shlex.join(words)

@@ -7,7 +7,12 @@ import click
 
 from specguard.core.errors import SpecguardError
 from specguard.core.records import Solution
-from specguard.files import write_atomically
+from specguard.files import (
+    cannot_write,
+    check_input_file,
+    check_output_file,
+    write_atomically,
+)
 
 
 @click.command()
@@ -16,15 +21,18 @@ from specguard.files import write_atomically
     "--output",
     "-o",
     type=click.Path(path_type=Path),
-    help="Where to write the page [FILE with .html for its ending].",
+    show_default="FILE with .html for its ending",
+    help="Where to write the page.",
 )
 def trace(file: Path, output: Path | None) -> None:
     """Write the page of a solution in FILE, what solve --json --detail has printed."""
+    check_input_file(file)
     output = output or file.with_suffix(".html")
-    if output == file:
+    if output == file or (output.exists() and output.samefile(file)):
         raise SpecguardError(f"{file} would be overwritten", "name another file: --output")
+    check_output_file(output)
     write_trace(_read(file), output)
-    click.echo(output)
+    click.echo(click.format_filename(output))
 
 
 def write_trace(solution: Solution, path: Path) -> None:
@@ -36,9 +44,9 @@ def write_trace(solution: Solution, path: Path) -> None:
     from specguard.trace import render
 
     try:
-        write_atomically(path, render(solution).encode())
+        write_atomically(path, render(solution).encode(errors="replace"))
     except OSError as error:
-        raise SpecguardError(f"{path} cannot be written: {error.strerror}") from error
+        raise cannot_write(path, error) from error
 
 
 def _read(file: Path) -> Solution:
@@ -46,7 +54,7 @@ def _read(file: Path) -> Solution:
         data = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise SpecguardError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SpecguardError(
             f"{file} is no JSON: {error}", "it takes what specguard solve --json --detail prints"
         ) from error

@@ -1,1 +1,1 @@
-"""Model pairs: the built-in one, presets of hub checkpoints, and the user's choice."""
+"""Model pairs: the built-in one, families of hub models, and the user's choice."""

@@ -1,24 +1,33 @@
-"""Model pairs by name: the built-in one and presets of hub checkpoints.
+"""Model pairs by name: the built-in one and pairs of hub checkpoints.
 
 A pair says where its models are for each kind of weights, how its prompt reads, and which verifier
 settings its calibration supports.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from specguard.backends.checkpoint import is_on_disk
-from specguard.core.config import VerifierConfig, ensemble_weights
+from specguard.backends.memory import ModelSize
+from specguard.core.config import (
+    TARGET_SELECTOR,
+    USUAL_TOKENS,
+    VerifierConfig,
+    ensemble_weights,
+)
 from specguard.core.errors import UsageError
-from specguard.core.fallback import DraftCost
+from specguard.models.families import FAMILIES, Family
 
 ENTRY_POINT_GROUP = "specguard.pairs"
 BUILT_IN_PAIR = "tiny"
+# What the cards of Qwen and DeepSeek advise for mathematics; of any pair that has no other.
+STEP_BY_STEP = "Please reason step by step, and put your final answer within \\boxed{}."
+PROMPT_TOKENS = 1024  # that memory is wanted for, besides a solution
+THINKING_TOKENS = 8192  # likewise, of a solution with thinking that has no limit of its own
 _HERE = Path(__file__).parent
-_STEP_BY_STEP = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,24 +35,26 @@ class ModelPair:
     """A draft and a target that share a tokenizer.
 
     ``draft`` and ``target`` map a kind of weights (``torch``, ``mlx``) to a folder or a hub id with
-    an optional ``@revision``. ``memory_bytes`` is what both need once loaded, by kind of weights.
-    ``context_limit`` is the window they were trained for, prompt included. ``reward`` is a process
-    reward model for its problems, for any kind of weights. ``draft_cost`` is None where it is not
-    known what drafting costs.
+    an optional ``@revision``. ``sizes`` are those of draft and target, None where they are not
+    known before a download. ``context_limit`` is the window they were trained for, prompt included.
+    ``thinking`` asks for it by default, as of models that always think. ``reward`` is a process
+    reward model for its problems, for any kind of weights. ``check`` refuses a problem that the
+    pair was not made for, with a UsageError; None takes any.
     """
 
     name: str
     description: str
     draft: Mapping[str, str]
     target: Mapping[str, str]
-    memory_bytes: Mapping[str, int]
     context_limit: int
+    sizes: tuple[ModelSize, ModelSize] | None = None
     system_prompt: str | None = None
+    thinking: bool = False
     reward: str | None = None
-    draft_cost: DraftCost | None = None
-    num_candidates: int = 16
-    selector: str = "draft"
+    num_candidates: int = 1
+    selector: str = TARGET_SELECTOR
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    check: Callable[[str], None] | None = None
 
     def sources(self, weights: str) -> tuple[str, str]:
         """Draft and target for a kind of weights.
@@ -62,33 +73,24 @@ class ModelPair:
         return weights in self.draft and all(map(is_on_disk, self.sources(weights)))
 
 
-def _hub_pair(
-    name: str,
-    description: str,
-    *,
-    owner: str,
-    draft: str,
-    target: str,
-    mlx_target: str | None = None,
-    billions: tuple[float, float],
-    context_limit: int,
-    reward: str | None = None,
-) -> ModelPair:
+def typical_tokens(thinking: bool = False) -> int:
+    """Tokens of a solution that memory is wanted for where it has no limit of its own."""
+    return THINKING_TOKENS if thinking else USUAL_TOKENS
+
+
+def _hub_pair(family: Family, draft: str, target: str) -> ModelPair:
+    small, large = family.models[draft], family.models[target]
+    is_usual = (draft, target) == family.pairs[0]
     return ModelPair(
-        name,
-        description,
-        draft={"torch": f"{owner}/{draft}", "mlx": f"mlx-community/{draft}-4bit"},
-        target={"torch": f"{owner}/{target}", "mlx": f"mlx-community/{mlx_target or target}-4bit"},
-        # 2 bytes a number in bfloat16; 4 bits and a scale per group of 64 come to 0.57 bytes.
-        memory_bytes={
-            "torch": round(sum(billions) * 2e9),
-            "mlx": round(sum(billions) * 0.57e9),
-        },
-        context_limit=context_limit,
-        system_prompt=_STEP_BY_STEP,
-        reward=reward,
-        # A decode step takes as long as its weights take to read.
-        draft_cost=DraftCost(billions[0] / billions[1]),
+        family.name if is_usual else f"{family.name}-{draft}-{target}",
+        family.description,
+        draft={"torch": small.torch, "mlx": small.mlx},
+        target={"torch": large.torch, "mlx": large.mlx},
+        context_limit=family.context_limit,
+        sizes=(small.size, large.size),
+        system_prompt=STEP_BY_STEP,
+        thinking=family.thinks,
+        reward=family.reward,
     )
 
 
@@ -99,54 +101,32 @@ def _tiny() -> ModelPair:
         "built in: grade-school word problems, for trying things out",
         draft={"torch": folders["draft"], "mlx": folders["draft"]},
         target={"torch": folders["target"], "mlx": folders["target"]},
-        memory_bytes={"torch": 10_000_000, "mlx": 10_000_000},
         context_limit=2048,
         reward=str(_HERE / "tiny" / "reward"),
-        # Measured with one thread of a CPU, see models/tiny/README.md.
-        draft_cost=DraftCost(candidate=0.5, further=0.05, verification=3.0),
         # Chosen on calibration problems, see models/tiny/README.md; more candidates are no more
         # accurate here, and slower on a CPU.
-        num_candidates=1,
-        selector="target",
-        verifier=VerifierConfig(weights=ensemble_weights(1.0), bounds={"log_prob": (-2.0, 0.0)}),
+        verifier=VerifierConfig(
+            weights=ensemble_weights(1.0), bounds={"log_prob": (-2.0, 0.0)}, rewrite_from="start"
+        ),
+        check=_check_language,
     )
+
+
+def _check_language(problem: str) -> None:
+    from specguard.models.tiny import grammar  # its words take a moment to read
+
+    grammar.check(problem)
 
 
 PAIRS: Mapping[str, ModelPair] = {
     pair.name: pair
     for pair in (
         _tiny(),
-        _hub_pair(
-            "qwen2.5-math",
-            "Qwen2.5-Math 1.5B / 7B, the paper's pair for mathematics",
-            owner="Qwen",
-            draft="Qwen2.5-Math-1.5B-Instruct",
-            target="Qwen2.5-Math-7B-Instruct",
-            billions=(1.54, 7.62),
-            context_limit=4096,
-            reward="Qwen/Qwen2.5-Math-PRM-7B",
-        ),
-        _hub_pair(
-            "qwen2.5",
-            "Qwen2.5 1.5B / 7B, general purpose",
-            owner="Qwen",
-            draft="Qwen2.5-1.5B-Instruct",
-            target="Qwen2.5-7B-Instruct",
-            billions=(1.54, 7.62),
-            context_limit=32768,
-        ),
-        _hub_pair(
-            "llama3",
-            "Llama 3.2 1B / 3.1 8B, general purpose (the hub asks for consent to its licence)",
-            owner="meta-llama",
-            draft="Llama-3.2-1B-Instruct",
-            target="Llama-3.1-8B-Instruct",
-            mlx_target="Meta-Llama-3.1-8B-Instruct",
-            billions=(1.24, 8.03),
-            context_limit=131072,
-        ),
+        *(_hub_pair(family, *sizes) for family in FAMILIES for sizes in family.pairs),
     )
 }
+# A family's usual pair has its name; with its sizes it is the same.
+_FULL_NAMES = {"-".join((family.name, *family.pairs[0])): PAIRS[family.name] for family in FAMILIES}
 
 
 def pair_names() -> tuple[str, ...]:
@@ -157,18 +137,18 @@ def pair_names() -> tuple[str, ...]:
 
 
 def find_pair(name: str) -> ModelPair:
-    """The pair called ``name``.
+    """The pair called ``name``: ``qwen3``, or with its sizes, ``qwen3-0.6b-14b``.
 
     Raises:
         UsageError: no pair has this name; the nearest one is suggested.
     """
-    if name in PAIRS:
-        return PAIRS[name]
+    for known in PAIRS, _FULL_NAMES:
+        if name in known:
+            return known[name]
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         if entry.name == name:
             pair: ModelPair = entry.load()
             return pair
-    names = pair_names()
-    nearest = get_close_matches(name.lower(), names, 1, 0.4)
+    nearest = get_close_matches(name.lower(), (*pair_names(), *_FULL_NAMES), 1, 0.4)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise UsageError(f"no model pair is called {name!r}", f"{hint}pairs: {', '.join(names)}")
+    raise UsageError(f"no model pair is called {name!r}", f"{hint}all pairs: specguard models")

@@ -45,7 +45,7 @@ def choose_pair(name: str) -> Path:
     """
     path = settings_path()
     try:
-        write_atomically(path, tomli_w.dumps({"pair": name}).encode())
+        write_atomically(path, tomli_w.dumps({"pair": name}).encode(), make_folders=True)
     except OSError as error:
         raise SpecguardError(f"the settings {path} cannot be written: {error}") from error
     return path

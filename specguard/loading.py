@@ -1,31 +1,58 @@
 """From names to a ready solver: which pair, which engines, which settings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from specguard.backends.checkpoint import is_on_disk, open_checkpoint
+from specguard.backends.checkpoint import is_hub_id, is_on_disk, open_checkpoint
 from specguard.backends.memory import check_memory
-from specguard.backends.registry import Backend, MeasuredBackend, choose_backend
-from specguard.core import DraftCost, Engine, RewardModel, SolveConfig, Solver, UsageError
-from specguard.core.config import Author
+from specguard.backends.registry import (
+    AUTO,
+    Backend,
+    MeasuredBackend,
+    TunableBackend,
+    arguments_by_role,
+    choose_backend,
+)
+from specguard.core import (
+    Engine,
+    RewardModel,
+    SolveConfig,
+    Solver,
+    SpecguardError,
+    UsageError,
+    VerifierConfig,
+)
+from specguard.core.config import THINKING_SAMPLING, Author
 from specguard.core.reference import is_reference
-from specguard.models.pairs import BUILT_IN_PAIR, PAIRS, ModelPair, find_pair
-from specguard.models.profiles import find_profile
+from specguard.costs.figure import conditions_for, settle_cost
+from specguard.models.pairs import (
+    BUILT_IN_PAIR,
+    PAIRS,
+    PROMPT_TOKENS,
+    STEP_BY_STEP,
+    ModelPair,
+    find_pair,
+    typical_tokens,
+)
+from specguard.models.profiles import Profile, choose_profile
 from specguard.models.settings import chosen_pair
-
-_PROMPT_TOKENS = 1024  # that room is left for, besides a solution
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What will be loaded, decided before anything is; ``backends`` are by role."""
+    """What will be loaded, decided before anything is; ``backends`` are by role.
+
+    ``is_fallback`` marks the built-in pair where this call did not name it. ``profile`` is the
+    fitted verifier that was named, or else one that is known for these models.
+    """
 
     pair: ModelPair | None
     draft: str | None
     target: str | None
     backends: dict[Author, str]
     is_fallback: bool = False
+    profile: Profile | None = None
 
     @property
     def backend(self) -> str:
@@ -42,10 +69,12 @@ def load(
     draft: str | None = None,
     target: str | None = None,
     dtype: str = "auto",
+    engine_args: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
     profile: str | None = None,
     reward: str | None = None,
     progress: Callable[[str], None] | None = None,
+    remeasure: bool = False,
     **settings: Any,
 ) -> Solver:
     """Load a pair and return a solver: ``specguard.load().solve("...")``.
@@ -53,17 +82,24 @@ def load(
     Args:
         pair: a pair's name; None takes the user's choice, else a preset on this disk, else the
             built-in pair.
-        backend: ``auto``, ``mlx``, ``cuda``, ``cuda:N``, ``mps``, ``cpu``, or a third party's.
+        backend: ``auto``, ``mlx``, ``cuda``, ``cuda:N``, ``mps``, ``cpu``, ``vllm``, or a third
+            party's.
         draft_backend: of the draft alone, where it runs elsewhere than the target.
         draft: a folder or downloaded hub id in place of the pair's draft.
         target: the same for the target.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        engine_args: arguments of vLLM's engine, by name; ``draft.name`` and ``target.name`` are for
+            one of the two.
         trust_remote_code: run Python code that comes with a checkpoint.
-        profile: a fitted verifier in place of the pair's, see ``specguard calibrate``.
+        profile: a fitted verifier, see ``specguard calibrate``; None takes one that fits these
+            models, if there is one, and "none" leaves it out.
         reward: a process reward model for method "rsd": a folder or downloaded hub id in place of
             the pair's.
-        progress: called with each model's name before it is loaded.
-        settings: fields of `SolveConfig`; the pair's own hold where nothing is given.
+        progress: called with each model's name before it is loaded, and with words before what
+            drafting costs is measured.
+        remeasure: measure what drafting costs here, even where it is known.
+        settings: fields of `SolveConfig`; the pair's own hold where nothing is given. ``verifier``
+            may also be a mapping, of changes to the pair's own.
 
     Raises:
         UsageError: unknown names or impossible settings.
@@ -71,30 +107,49 @@ def load(
             memory, or the profile is another pair's.
     """
     is_reference()  # refuses a value that is none before anything is loaded
-    choice = choose(pair, backend, draft, target, draft_backend)
-    config = configure(choice.pair, profile, **settings)
-    if config.draft_cost is None and "draft_cost" not in settings:
-        config = replace(config, draft_cost=_cost_by_size(choice))
+    choice = choose(pair, backend, draft, target, draft_backend, profile)
+    config = configure(choice, **settings)
     if len(config.authors) > 1 and (choice.draft is None or choice.target is None):
         raise UsageError("a draft and a target go together", "give both, or name a pair")
     sources = _sources(choice, config)
-    if profile is not None:
-        find_profile(profile).check(sources)
+    _check_downloaded(choice, sources)
+    arguments = arguments_by_role(
+        engine_args or {}, {role: choice.backends[role] for role in sources}
+    )
+    if profile is not None and choice.profile is not None:
+        choice.profile.check(sources)
     models = [(source, choice.backends[role]) for role, source in sources.items()]
     needs_judge = reward is not None or config.method == "rsd"
     if needs_judge:
         models.append((_reward_source(choice.pair, reward), backend))
     num_drafted = config.num_candidates * config.max_step_tokens if config.is_stepwise else 0
-    _check_memory(models, config.max_tokens + num_drafted, dtype)
-    engines = _load_engines(choice, sources, dtype, trust_remote_code, progress)
+    num_written = config.max_tokens or typical_tokens(config.thinking)
+    _check_memory(models, num_written + num_drafted, dtype)
+    engines = _load_engines(choice, sources, arguments, dtype, trust_remote_code, progress)
     judge = None
     if needs_judge:
         judge = load_reward(choice.pair, reward, backend, dtype, trust_remote_code, progress)
     solver = Solver(engines.get("draft"), engines.get("target"), config, judge)
-    if profile is None and not settings.keys() & {"verifier", "selector"}:
-        solver.config, solver.notes = solver.pair.degraded(config)
-    notes = (getattr(engine, "note", "") for engine in engines.values())
+    solver.config, solver.notes = solver.pair.degraded(config, _chosen(choice, profile, settings))
+    notes = [getattr(engine, "note", "") for engine in engines.values()]
+    if profile is None and choice.profile is not None and config.method == "specguard":
+        notes.insert(0, choice.profile.note)
     solver.notes += dict.fromkeys(filter(None, notes))
+    if len(sources) == 2 and _are_one(*sources.values()):
+        solver.notes.append("draft and target are the same model: there is nothing to gain")
+    if config.is_stepwise and "draft_cost" not in settings:
+        reward = None if judge is None else judge.name
+        solver.config, found = settle_cost(
+            solver.pair,
+            solver.config,
+            conditions_for(sources, choice.backends, arguments, dtype, reward, solver.config),
+            chosen=settings,
+            anew=remeasure,
+            progress=progress,
+        )
+        solver.notes += found
+    elif remeasure:
+        raise UsageError("there is nothing to measure: drafting is given a cost, or no part")
     return solver
 
 
@@ -113,7 +168,7 @@ def load_reward(
         SpecguardError: it cannot be used, or does not fit into the memory.
     """
     source = _reward_source(pair, reward)
-    _check_memory([(source, backend)], SolveConfig().max_tokens, dtype)
+    _check_memory([(source, backend)], typical_tokens(), dtype)
     if progress is not None:
         progress(source)
     from specguard.backends.reward import load_reward_model
@@ -127,12 +182,13 @@ def choose(
     draft: str | None = None,
     target: str | None = None,
     draft_backend: str | None = None,
+    profile: str | None = None,
 ) -> Choice:
     """Decide the sources: given ones, the named pair, the user's, one on disk, the built-in.
 
     Raises:
         UsageError: unknown names.
-        SpecguardError: a backend is not usable.
+        SpecguardError: a backend is not usable, or the profile cannot be read.
     """
     backends: dict[Author, str] = {"draft": draft_backend or backend, "target": backend}
     implementations: dict[Author, Backend] = {}
@@ -140,7 +196,8 @@ def choose(
         name, implementations[role], device = choose_backend(wanted)
         backends[role] = device or name
     if pair is None and (draft is not None or target is not None):
-        return Choice(None, draft, target, backends)
+        fitted = choose_profile(profile, draft, target)
+        return Choice(None, draft, target, backends, profile=fitted)
     weights = {role: implementation.weights for role, implementation in implementations.items()}
     if pair is not None:
         chosen, is_fallback = find_pair(pair), False
@@ -149,30 +206,58 @@ def choose(
     pair_draft = chosen.sources(weights["draft"])[0]
     pair_target = chosen.sources(weights["target"])[1]
     if draft is not None or target is not None:
-        # Bounds and costs are those of the two models; the rest of the pair's settings still holds.
-        chosen = replace(chosen, verifier=replace(chosen.verifier, bounds={}), draft_cost=None)
-    return Choice(chosen, draft or pair_draft, target or pair_target, backends, is_fallback)
+        # Bounds are those of the two models, and what they can solve; the rest still holds.
+        chosen = replace(chosen, verifier=replace(chosen.verifier, bounds={}), check=None)
+    draft, target = draft or pair_draft, target or pair_target
+    fitted = choose_profile(profile, draft, target)
+    return Choice(chosen, draft, target, backends, is_fallback, fitted)
 
 
-def configure(pair: ModelPair | None, profile: str | None = None, **settings: Any) -> SolveConfig:
-    """A pair's settings with those of a profile and other changes on top.
+def configure(choice: Choice, **settings: Any) -> SolveConfig:
+    """A pair's settings with those of its profile and other changes on top.
 
     Raises:
-        UsageError: an unknown profile or setting, or an impossible value.
+        UsageError: an unknown setting, an impossible value, or a system prompt for the built-in
+            pair.
     """
-    config = SolveConfig()
+    config, pair = SolveConfig(system_prompt=STEP_BY_STEP), choice.pair
     if pair is not None:
         config = replace(
             config,
             num_candidates=pair.num_candidates,
             selector=pair.selector,
             verifier=pair.verifier,
-            draft_cost=pair.draft_cost,
             system_prompt=pair.system_prompt,
+            thinking=pair.thinking,
         )
-    if profile is not None:
-        config = replace(config, verifier=find_profile(profile).verifier)
+        if pair.name == BUILT_IN_PAIR and settings.get("system_prompt"):
+            raise UsageError(
+                "the built-in pair has no use for a system prompt: it has never seen one",
+                "leave it out, or choose another pair: specguard models",
+            )
+    if choice.profile is not None:
+        config = replace(config, verifier=choice.profile.verifier)
+    if settings.get("thinking", config.thinking):
+        config = replace(config, sampling=THINKING_SAMPLING, rewrite_sampling=THINKING_SAMPLING)
+    if isinstance(settings.get("verifier"), Mapping):
+        settings["verifier"] = _changed(config.verifier, settings["verifier"])
     return Solver(config=config).configured(**settings)
+
+
+def _changed(verifier: VerifierConfig, changes: Mapping[str, Any]) -> VerifierConfig:
+    unknown = changes.keys() - set(VerifierConfig.__dataclass_fields__)
+    if unknown:
+        raise UsageError(f"no setting of a verifier is called {min(unknown)!r}")
+    return replace(verifier.asking(changes.get("model", verifier.model)), **changes)
+
+
+def _chosen(choice: Choice, profile: str | None, settings: Mapping[str, Any]) -> set[str]:
+    """The settings that somebody chose, the parts of a verifier among them."""
+    verifier = settings.get("verifier", {})
+    parts = set(verifier) if isinstance(verifier, Mapping) else {"weights"}
+    if profile is not None and choice.profile is not None:
+        parts.add("weights")
+    return settings.keys() | parts
 
 
 def _sources(choice: Choice, config: SolveConfig) -> dict[Author, str]:
@@ -185,9 +270,36 @@ def _sources(choice: Choice, config: SolveConfig) -> dict[Author, str]:
     }
 
 
+def _are_one(draft: str, target: str) -> bool:
+    """Whether two sources lead to the same model."""
+    if not (is_on_disk(draft) and is_on_disk(target)):
+        return draft == target
+    return open_checkpoint(draft).folder.resolve() == open_checkpoint(target).folder.resolve()
+
+
+def _check_downloaded(choice: Choice, sources: dict[Author, str]) -> None:
+    """Name everything that is still to be downloaded, not the half that is missed first."""
+    missing = [
+        source for source in sources.values() if is_hub_id(source) and not is_on_disk(source)
+    ]
+    if not missing:
+        return
+    pair, wanted = choice.pair, " ".join(dict.fromkeys(missing))
+    _, backend, _ = choose_backend(AUTO)
+    # What pulling the pair's name brings here.
+    usual = pair.sources(backend.weights) if pair and backend.weights in pair.draft else None
+    if pair is not None and (choice.draft, choice.target) == usual:
+        wanted = pair.name
+    raise SpecguardError(
+        f"not on this disk: {' and '.join(dict.fromkeys(missing))}",
+        f"download first: specguard models pull {wanted}",
+    )
+
+
 def _load_engines(
     choice: Choice,
     sources: dict[Author, str],
+    arguments: Mapping[str, Mapping[str, str]],
     dtype: str,
     trust_remote_code: bool,
     progress: Callable[[str], None] | None,
@@ -197,6 +309,8 @@ def _load_engines(
         if progress is not None:
             progress(source)
         _, backend, device = choose_backend(choice.backends[role])
+        if isinstance(backend, TunableBackend):
+            backend = backend.with_arguments(arguments[role])
         engines[role] = backend.load(source, dtype, trust_remote_code, device)
     return engines
 
@@ -215,22 +329,13 @@ def _check_memory(models: Sequence[tuple[str, str]], num_tokens: int, dtype: str
         _, backend, device = choose_backend(name)
         if isinstance(backend, MeasuredBackend):
             demands.append(backend.demand(source, dtype, device))
-    check_memory(demands, _PROMPT_TOKENS + num_tokens)
-
-
-def _cost_by_size(choice: Choice) -> DraftCost | None:
-    """A decode step takes as long as its weights take to read; None where these are not known."""
-    sources = [source for source in (choice.draft, choice.target) if source is not None]
-    if len(sources) < 2 or not all(map(is_on_disk, sources)):
-        return None
-    draft, target = map(open_checkpoint, sources)
-    return DraftCost(draft.num_bytes / target.num_bytes)
+    check_memory(demands, PROMPT_TOKENS + num_tokens)
 
 
 def _default_pair(weights: str) -> tuple[ModelPair, bool]:
     name = chosen_pair()
     if name is not None:
-        return find_pair(name), False
+        return find_pair(name), name == BUILT_IN_PAIR
     for pair in PAIRS.values():
         if pair.name != BUILT_IN_PAIR and pair.is_on_disk(weights):
             return pair, False

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from specguard.core import DraftCost
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("SPECGUARD_REFERENCE", None)
@@ -13,6 +15,8 @@ os.environ.pop("SPECGUARD_REFERENCE", None)
 PROBLEM = "Mia has 24 shells. Mia sells half of the shells. How many shells does Mia have?"
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models" / "tiny"
+# Of the built-in pair, on a thread of a CPU.
+TYPICAL_COST = DraftCost(candidate=0.5, further=0.05, verification=3.0, source="measured")
 SHAPE = {
     "hidden_size": 64,
     "num_hidden_layers": 4,
@@ -29,8 +33,10 @@ SHAPE = {
 
 @pytest.fixture(autouse=True)
 def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the user's settings out of the tests."""
+    """Keep the user's settings out of the tests, and the clock out of their decisions."""
     monkeypatch.setenv("SPECGUARD_CONFIG_DIR", str(tmp_path / "settings"))
+    monkeypatch.setenv("SPECGUARD_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("specguard.costs.figure.read_cost", lambda conditions: TYPICAL_COST)
 
 
 def make_checkpoint(folder: Path, family: str = "Llama", **changes: Any) -> Path:

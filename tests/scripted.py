@@ -5,7 +5,7 @@ problem that is over.
 """
 
 import asyncio
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,14 +53,15 @@ class Scripted:
 
     An entry is a list of texts (the candidates of a job) or one text for all; "$" at a text's end
     is EOS; the last entry repeats. A function makes the texts of a job instead. Text by text there
-    is a log-prob, a source mass, and how many tokens at its beginning the model would have written
-    itself. A ``fail_at`` job, "generate" or "score", raises ``error`` where its prefix holds
-    ``fail_on``. Every job waits ``num_turns`` turns of the event loop.
+    is a log-prob (or one a token), a source mass, and how many tokens at its beginning the model
+    would have written itself. A ``fail_at`` job, "generate" or "score", raises ``error`` where its
+    prefix holds ``fail_on``. Every job waits ``num_turns`` turns of the event loop. Who listens to
+    a job hears of ``lump`` tokens at a time, a turn each; 0: of none.
     """
 
     name: str
     script: Script
-    logprobs: dict[str, float] = field(default_factory=dict)
+    logprobs: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
     source_mass: dict[str, float] = field(default_factory=dict)
     first_choices: dict[str, int] = field(default_factory=dict)
     features: frozenset[Feature] = ALL_FEATURES - {"distributions"}
@@ -73,6 +74,7 @@ class Scripted:
     fail_on: str = ""
     error: BaseException = field(default_factory=lambda: RuntimeError("it failed"))
     num_turns: int = 1
+    lump: int = 0
     jobs: list[GenerateJob | ScoreJob] = field(default_factory=list)
     released: list[Hashable] = field(default_factory=list)
     num_steps: dict[Hashable, int] = field(default_factory=dict)
@@ -114,7 +116,13 @@ class Scripted:
             entry = self.script[min(number, len(self.script) - 1)]
             texts = entry if isinstance(entry, list) else [entry] * job.num_candidates
         assert len(texts) == job.num_candidates
-        return [self._candidate(text, job.boundary, job.hidden_states) for text in texts]
+        made = [self._candidate(text, job.boundary, job.hidden_states) for text in texts]
+        if job.on_tokens is not None and self.lump:
+            for start in range(0, max(len(each.token_ids) for each in made), self.lump):
+                for index, candidate in enumerate(made):
+                    job.on_tokens(index, candidate.token_ids[start : start + self.lump])
+                await asyncio.sleep(0)
+        return made
 
     async def score(self, job: ScoreJob) -> list[Observation]:
         assert job.capture is None or "attention" in self.features

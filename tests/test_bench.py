@@ -38,8 +38,10 @@ def test_a_journal_goes_on_where_it_was_killed(tmp_path: Path) -> None:
 
 def test_a_journal_of_another_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    with Journal(path, {"stream": 1}), pytest.raises(SpecguardError, match="another run is"):
-        Journal(path, {"stream": 1})
+    with Journal(path, {"stream": 1}) as journal:
+        with pytest.raises(SpecguardError, match="another run is"):
+            Journal(path, {"stream": 1})
+        journal.append({"problem": 0})
     with pytest.raises(SpecguardError, match="stream was 1 and is 2"):
         Journal(path, {"stream": 2})
     with Journal(path, {"stream": 1}):
@@ -47,6 +49,15 @@ def test_a_journal_of_another_run_is_refused(tmp_path: Path) -> None:
     path.write_text('{"stream": 1}\n{"a": \n')
     with pytest.raises(SpecguardError, match="line 2"):
         Journal(path, {"stream": 1})
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_journal_without_rows_leaves_nothing_behind(tmp_path: Path) -> None:
+    with Journal(tmp_path / "rows.jsonl", {"stream": 1}):
+        assert len(list(tmp_path.iterdir())) == 2  # settings, and a lock
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SpecguardError, match="cannot be written"):
+        Journal(Path(__file__) / "rows.jsonl", {})
 
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +201,13 @@ def test_seeds_of_a_problem_are_no_independent_outcomes() -> None:
     assert paired_p({"a": [True]}, {"b": [True]}) is None
     ours = {str(i): [True, True] for i in range(12)}
     theirs = {str(i): [True, False] for i in range(12)}
+    # A few that agree prove little, however often each of them was asked.
+    assert accuracy_interval([("a", True), ("a", True), ("b", True), ("b", True)]) == (
+        pytest.approx(wilson(2, 2))
+    )
+    is_right = np.random.default_rng(0).random(480) < 0.5
+    apart = [(str(i % 60), bool(right)) for i, right in enumerate(is_right)]
+    assert np.ptp(accuracy_interval(apart)) < 0.6 * np.ptp(wilson(30, 60))
     p = paired_p(ours, theirs)
     assert p is not None
     assert p < 0.01

@@ -154,7 +154,8 @@ def test_the_solution_with_the_best_steps_is_chosen(tmp_path: Path) -> None:
         [method] = methods
         item = DATA.items[0]
         solutions = [
-            solver.solve(item.problem, **{**method.changes, "seed": seed}) for seed in range(5)
+            replace(solver.solve(item.problem, **changes), answer_source="box")
+            for changes in ({**method.changes, "seed": seed} for seed in range(5))
         ]
         chosen = run._chosen(item, method, solutions)
     finally:

@@ -42,7 +42,7 @@ COSTS = Costs(
     num_longest=24.0,
     num_rewritten=20.0,
 )
-SHORT = SolveConfig(max_tokens=40, max_step_tokens=8, num_candidates=2)
+SHORT = SolveConfig(max_tokens=40, max_step_tokens=8, num_candidates=2, selector="draft")
 seconds = st.floats(1e-3, 1e3)
 shares = st.floats(0, 1)
 
@@ -219,7 +219,7 @@ def test_a_run_compares_terms_and_time() -> None:
 
 
 def test_a_draft_that_verifies_is_refused() -> None:
-    config = replace(SHORT, verifier=VerifierConfig(model="draft"))
+    config = replace(SHORT, verifier=SHORT.verifier.asking("draft"), selector="draft")
     with pytest.raises(UsageError, match="target that verifies"):
         SpeedRun(Solver(ReferenceEngine(0), ReferenceEngine(1), config), [1])
     with pytest.raises(UsageError, match="a draft and a target"):
@@ -236,14 +236,26 @@ def test_json_is_printed() -> None:
     assert outcome["num_candidates"] == 1
     assert outcome["predicted"].keys() == {"0.7", "measured"}
     assert data["machine"]["backend"] == "cpu"
+    assert data["draft_cost"]["source"] == "measured"
+    assert "measured in" in result.stderr
+
+
+def test_a_legend_explains_the_tables() -> None:
+    options = ("speed", "--models", "tiny", "--backend", "cpu", "--count", 1, "--k", "1")
+    result = run(*options)
+    assert result.exit_code == 0, result.output
+    tables, legend = result.stdout.rsplit("|\n", 1)
+    for column in "t_d(k)", "t_t", "v", "s", "n_max", "n_r", "ideal", "ratio", "outside models":
+        assert column in tables
+        assert column in legend
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["speed", "--k", "0"], "--k must be at least 1"),
-        (["speed", "--k", "a"], "--k must be numbers"),
-        (["speed", "--acceptance", "2"], "--acceptance lies in"),
+        (["speed", "--k", "0"], "'--k': 0 is not in the range x>=1"),
+        (["speed", "--k", "a"], "'--k': 'a' is not a valid integer"),
+        (["speed", "--acceptance", "2"], "'--acceptance': 2.0 is not in the range"),
         (["speed", "--count", "0"], "--count"),
         (["--limit", "3", "speed"], "--limit stands before 'speed'"),
         ([], "Missing option '--output'"),

@@ -211,6 +211,30 @@ def test_calibrate_writes_a_profile_that_solve_takes(settings: Path, asked: list
     assert "no profile is called 'yours'" in missing.stderr
 
 
+def test_what_a_failed_calibration_leaves_is_named(
+    settings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specguard.calibration.labels.label_steps", few_steps)
+    few = run(*CALIBRATE)
+    assert few.exit_code == 1
+    labels = settings / "profiles" / "mine.jsonl"
+    assert "too few to fit to" in few.stderr
+    assert f"the labels so far are kept: {labels}" in few.stderr
+    assert list(labels.parent.iterdir()) == [labels]  # and no lock
+    labels.unlink()
+    monkeypatch.setattr("specguard.calibration.labels.label_steps", interrupted)
+    assert run(*CALIBRATE).exit_code == 130
+    assert list(labels.parent.iterdir()) == []
+
+
+def few_steps(solver: Any, item: Any, grader: Any) -> list[dict[str, Any]]:
+    return steps("log_prob", 1)
+
+
+def interrupted(solver: Any, item: Any, grader: Any) -> list[dict[str, Any]]:
+    raise KeyboardInterrupt
+
+
 def test_labels_are_known_again_by_the_settings_that_differ_from_the_defaults(
     settings: Path, asked: list[str]
 ) -> None:
@@ -221,9 +245,9 @@ def test_labels_are_known_again_by_the_settings_that_differ_from_the_defaults(
     assert recorded.keys() == {"version", "settings"}
     changes = recorded["settings"]
     assert changes.pop("num_candidates") == 3
-    # The pair's own draft cost, and that no verifier is fitted yet.
-    assert changes.keys() <= {"draft_cost", "verifier"}
-    assert changes["verifier"] == {"weights": {}}
+    # The pair's own draft cost, that the target does not select, and that no verifier is fitted.
+    assert changes.keys() <= {"draft_cost", "selector", "verifier"}
+    assert changes["verifier"] == {"rewrite_from": "start", "weights": {}}
     refused = run(*CALIBRATE, "--k", "4")
     assert refused.exit_code == 1
     assert "is of another run: config was" in refused.stderr

@@ -179,12 +179,61 @@ def test_thinking_is_off_unless_the_template_has_a_switch(folder: Path) -> None:
         FolderTokenizer(TINY / "target").encode_prompt("hi", None, True)
 
 
-def test_a_template_may_refuse_a_system_prompt(folder: Path) -> None:
-    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('No system!') }}{% endif %}"
-    tokenizer = tokenizer_with(folder, refusing + TEMPLATE)
-    assert span(tokenizer, "hi") == "hi"
-    with pytest.raises(UsageError, match="No system!"):
-        tokenizer.encode_prompt("hi", "Be brief.", False)
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[0].role == 'system' %}{{ raise_exception('No!') }}{% endif %}" + TEMPLATE,
+        TEMPLATE.replace("for m in messages", "for m in messages if m.role == 'user'"),
+    ],
+    ids=["refused", "ignored"],
+)
+def test_a_system_prompt_without_a_place_stands_in_front_of_the_problem(
+    folder: Path, template: str
+) -> None:
+    tokenizer = tokenizer_with(folder, template)
+    text = tokenizer.decode(tokenizer.encode_prompt("hi", "Be brief.", False).token_ids)
+    assert text == "[user]Be brief.\n\nhi[assistant]"
+    assert span(tokenizer, "hi", "Be brief.") == "hi"
+    assert "Be" not in tokenizer.decode(tokenizer.encode_prompt("hi", None, False).token_ids)
+
+
+def test_a_template_that_refuses_any_prompt_is_said_to(folder: Path) -> None:
+    tokenizer = tokenizer_with(folder, "{{ raise_exception('Not me!') }}")
+    for system_prompt in None, "Be brief.":
+        with pytest.raises(UsageError, match="refuses this prompt: Not me!"):
+            tokenizer.encode_prompt("hi", system_prompt, False)
+
+
+def test_a_model_that_always_thinks_may_be_asked_to(folder: Path) -> None:
+    """Its template has no switch, and cuts the thinking out of earlier answers."""
+    cutting = "{% if false %}{{ messages[0].content.split('</think>')[-1] }}{% endif %}"
+    tokenizer = tokenizer_with(folder, cutting + "{{ messages[0].content }}<think>")
+    for thinking in False, True:
+        prompt = tokenizer.encode_prompt("hi", None, thinking)
+        assert tokenizer.decode(prompt.token_ids) == "hi<think>"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "many"}, "hidden_size is 'many'"),
+        ({"hidden_size": -4}, "hidden_size is -4"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"max_position_embeddings": "long"}, "max_position_embeddings is 'long'"),
+        ({"text_config": {"hidden_size": []}}, r"hidden_size is \[\]"),
+        ({"hidden_size": 65}, "hidden size .* multiple of the number of attention heads"),
+        ({"rope_parameters": 3}, "rope_parameters"),
+    ],
+)
+def test_a_bad_config_is_blamed_and_not_the_tokenizer(
+    folder: Path, change: dict[str, object], message: str
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(SpecguardError, match=message) as caught:
+        load_model(str(folder))
+    assert "config.json" in caught.value.message
+    assert "tokenizer" not in caught.value.message
 
 
 def test_eos_ids_come_from_settings_and_tokenizer(folder: Path) -> None:

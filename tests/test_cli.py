@@ -14,6 +14,8 @@ from click.testing import CliRunner, Result
 
 import specguard
 from specguard.cli.main import main
+from specguard.core import DraftCost
+from specguard.costs.probe import Measurement
 from specguard.models.settings import settings_path
 from tests.conftest import TINY
 
@@ -38,7 +40,7 @@ def test_a_problem_is_solved_and_shown() -> None:
     assert result.exit_code == 0
     assert "Answer: 21" in result.stdout
     assert "[1] accepted draft" in result.stdout or "[1] rewritten by target" in result.stdout
-    assert "ensemble" in result.stdout
+    assert "log-prob" in result.stdout
     for word in "tokens/s", "accepted", "target wrote", "Built-in pair":
         assert word in result.stderr
         assert word not in result.stdout.replace("accepted draft", "")
@@ -71,11 +73,28 @@ def test_quiet_prints_the_answer() -> None:
     assert (result.stdout, result.stderr) == ("21\n", "")
 
 
-def test_a_solution_without_an_answer_is_said() -> None:
-    result = invoke("solve", SHELLS, "--quiet", "--max-tokens", "3")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert "finished by length" in result.stderr
-    assert "No answer: finished by length" in invoke("solve", SHELLS, "--max-tokens", "3").stdout
+@pytest.mark.parametrize("mode", [[], ["--quiet"], ["--json"], ["--jsonl"], ["--trace"]])
+def test_no_answer_is_one_exit_code_with_advice(mode: list[str], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    mode = [*mode, str(page)] if mode == ["--trace"] else mode
+    result = invoke("solve", SHELLS, "--max-tokens", "3", *mode)
+    assert result.exit_code == 3
+    assert result.stderr.splitlines()[-2:] == [
+        "No answer: cut after 3 tokens.",
+        "Hint: raise --max-tokens",
+    ]
+    # What there is of a solution is printed all the same.
+    assert ("Mia" in result.stdout) == (mode != ["--quiet"])
+    assert page.exists() == ("--trace" in mode)
+
+
+def test_an_answer_without_a_box_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specguard.core.recorder.final_answer", lambda text: None)
+    text = invoke("solve", SHELLS, "--quiet").stdout.strip()
+    assert text.startswith("How many shells does Mia have?")
+    assert f"Answer (last text, no box): {text}" in invoke("solve", SHELLS).stdout
+    data = json.loads(invoke("solve", SHELLS, "--json").stdout)
+    assert (data["answer"], data["answer_source"]) == (text, "text")
 
 
 def test_problems_come_from_stdin_and_files(tmp_path: Path) -> None:
@@ -156,6 +175,37 @@ def test_the_paper_s_preset_is_the_published_ensemble() -> None:
         )
 
 
+def test_what_drafting_costs_is_taken_as_it_is_given_and_recorded() -> None:
+    figures = "0.4,0.02,2,0.01"
+    data = json.loads(invoke("solve", SHELLS, "--draft-cost", figures, "--json").stdout)
+    assert data["config"]["draft_cost"] == {
+        "candidate": 0.4,
+        "further": 0.02,
+        "verification": 2.0,
+        "reading": 0.01,
+        "source": "given",
+    }
+    dear = json.loads(invoke("solve", SHELLS, "--draft-cost", "1", "--json").stdout)
+    assert dear["stats"]["num_fallback_steps"] == dear["stats"]["num_steps"]
+
+
+def test_what_drafting_costs_is_measured_anew_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def measure(*_: object) -> Measurement:
+        return Measurement(DraftCost(0.9, verification=9.0, source="measured"), {"all": 0.5})
+
+    monkeypatch.setattr("specguard.costs.figure.measure", measure)
+    assert "drafting" not in invoke("solve", SHELLS).stderr
+    result = invoke("solve", SHELLS, "--draft-cost", "measure")
+    assert "measured in 0.5 s what drafting costs here" in result.stderr
+    assert "takes 1.20 times what the target alone takes, so the target writes" in result.stderr
+    assert "accepted draft" not in result.stdout
+    asked = invoke("solve", SHELLS, "--draft-cost", "measure", "--k", "2", "--selector", "draft")
+    assert "--method target is faster" in asked.stderr
+    assert "accepted draft" in asked.stdout
+
+
 USAGE_ERRORS = [
     (["solve"], "give one problem"),
     (["solve", ""], "empty"),
@@ -167,23 +217,34 @@ USAGE_ERRORS = [
     (["solve", "x", "--backend", "cpuu"], "did you mean 'cpu'"),
     (["solve", "x", "--backend", "cuda:x"], "cuda:1"),
     (["solve", "x", "--backend", "cpu:1"], "leave the number out"),
-    (["solve", "x", "--k", "0"], "at least 1"),
+    (["solve", "x", "--k", "0"], "'--k': 0 is not in the range"),
+    (["solve", "x", "--k", "9" * 20], "'--k'"),
+    (["solve", "x", "--k", "1000000"], "'--k': 1000000 is more than 4096"),
+    (["solve", "x", "--k", "4", "--first-k", "5"], "--first-k must be from 2 to --k, 4, not 5"),
     (["solve", "x", "--k", "many"], "not a valid integer"),
-    (["solve", "x", "--beta", "1.5"], "beta must lie in [0, 1]"),
-    (["solve", "x", "--beta", "nan"], "beta"),
-    (["solve", "x", "--threshold", "-1"], "threshold must lie in [0, 1]"),
-    (["solve", "x", "--temperature", "-1"], "temperature"),
-    (["solve", "x", "--top-p", "0"], "top_p"),
-    (["solve", "x", "--max-tokens", "-5"], "max_tokens"),
-    (["solve", "x", "--max-steps", "0"], "max_steps"),
-    (["solve", "x", "--seed", "-1"], "seed"),
+    (["solve", "x", "--beta", "1.5"], "'--beta'"),
+    (["solve", "x", "--beta", "nan"], "'--beta': 'nan' is no number"),
+    (["solve", "x", "--threshold", "-1"], "'--threshold'"),
+    (["solve", "x", "--temperature", "-1"], "'--temperature'"),
+    (["solve", "x", "--temperature", "inf"], "'--temperature'"),
+    (["solve", "x", "--top-p", "0"], "'--top-p'"),
+    (["solve", "x", "--max-tokens", "-5"], "'--max-tokens'"),
+    (["solve", "x", "--max-steps", "0"], "'--max-steps'"),
+    (["solve", "x", "--seed", "-1"], "'--seed'"),
+    (["solve", "x", "--seed", "9" * 20], "'--seed'"),
+    (["solve", "-5 + 3"], 'specguard solve -- "-5 + 3"'),
     (["solve", "x", "--selector", "vibes"], "no selector"),
+    (["solve", "x", "--draft-cost", "cheap"], "one to four numbers, or measure, not 'cheap'"),
+    (["solve", "x", "--draft-cost", "1,2,3,4,5"], "one to four numbers"),
+    (["solve", "x", "--draft-cost", "0.4,-1"], "not negative"),
+    (["solve", "x", "--draft-cost", "0.4", "--no-fallback"], "exclude one another"),
+    (["solve", "x", "--method", "target", "--draft-cost", "0.4"], "--draft-cost has no meaning"),
     (["solve", "x", "--method", "target", "--k", "4"], "--k has no meaning"),
     (["solve", "x", "--method", "draft", "--beta", "0.4"], "--beta has no meaning"),
     (["solve", "x", "--method", "draft", "--rewrite-temperature", "1"], "no meaning"),
     (["solve", "x", "--speculate", "3"], "--speculate has no meaning with --method specguard"),
     (["solve", "x", "--method", "target", "--speculate", "3"], "use --method sd"),
-    (["solve", "x", "--method", "sd", "--speculate", "0"], "num_speculated"),
+    (["solve", "x", "--method", "sd", "--speculate", "0"], "'--speculate'"),
     (["solve", "x", "--draft-backend", "cpuu"], "did you mean 'cpu'"),
     (["solve", "x", "--json", "--quiet"], "exclude one another"),
     (["solve", "x", "--detail"], "--detail"),
@@ -194,6 +255,12 @@ USAGE_ERRORS = [
     (["solve", "x", "--method", "target", "--top-p", "0.5"], "--temperature too"),
     (["solve", "x", "--preset", "paper", "--beta", "0.5"], "exclude one another"),
     (["solve", "x", "--system-prompt", "\udcff"], "not valid UTF-8"),
+    (["calibrate", "mine", "--accept-wrong", "nan"], "'--accept-wrong': 'nan' is no number"),
+    (["bench", "--output", "x", "--seeds", "0,9.5"], "'--seeds'"),
+    (["bench", "--output", "x", "--limit", "9" * 20], "'--limit'"),
+    (["bench", "--output", "x", "--methods", "magic"], "no method"),
+    (["bench", "speed", "--k", "0,1"], "'--k'"),
+    (["bench", "speed", "--acceptance", "0.5,nan"], "'--acceptance'"),
     (["models", "use", "qwen"], "did you mean"),
     (["models", "pull", "a/b", "--weights", "mlx"], "--weights"),
     (["models", "pull", "qwen2"], "did you mean"),
@@ -203,7 +270,7 @@ USAGE_ERRORS = [
 
 @pytest.mark.parametrize(("arguments", "message"), USAGE_ERRORS)
 def test_wrong_usage_exits_with_2(arguments: list[str], message: str) -> None:
-    result = invoke(*arguments)
+    result = invoke(*(SHELLS if argument == "x" else argument for argument in arguments))
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert result.stdout == ""
@@ -254,7 +321,7 @@ def test_what_is_wrong_outside_exits_with_1(
         assert result.exit_code == 1, result.output
         assert message in result.stderr
         assert result.stdout == ""
-    long = invoke("solve", "Mia has 2 shells. " * 500)
+    long = invoke("solve", "Mia has 2 shells. " * 500, "--force")
     assert long.exit_code == 1
     assert "the context window holds 2048" in long.stderr
 
@@ -264,7 +331,7 @@ def test_mlx_is_a_backend_like_the_others() -> None:
     result = invoke("solve", SHELLS, "--backend", "mlx", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["answer"] == "21"
-    wrong = invoke("solve", "x", "--backend", "mlx:1")
+    wrong = invoke("solve", SHELLS, "--backend", "mlx:1")
     assert wrong.exit_code == 2
     assert "one device" in wrong.stderr
 
@@ -282,10 +349,24 @@ def test_a_missing_gpu_is_said() -> None:
 def test_uncalibrated_pairs_are_marked(checkpoint: Path, draft_checkpoint: Path) -> None:
     pair = ["--draft", str(draft_checkpoint), "--target", str(checkpoint), "--max-tokens", "20"]
     result = invoke("solve", "Mia has 3 shells.", *pair)
-    assert result.exit_code == 0
-    assert "Uncalibrated" in result.stderr
+    assert result.exit_code == 3
+    command = (
+        f"specguard calibrate NAME --data FILE --draft {draft_checkpoint} --target {checkpoint}"
+    )
+    assert f"Uncalibrated: no verifier is fitted to this pair. To fit one: {command}" in (
+        result.stderr
+    )
     data = json.loads(invoke("solve", "Mia has 3 shells.", *pair, "--json").stdout)
     assert data["is_calibrated"] is False
+
+
+def test_a_pair_that_is_one_model_twice_is_told_of(checkpoint: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(checkpoint)
+    options = ["--target", str(checkpoint), "--max-tokens", "3", "--no-fallback"]
+    said = "draft and target are the same model"
+    assert said in invoke("solve", "x", "--draft", str(link), *options).stderr
+    assert said not in invoke("solve", "x", "--draft", str(TINY / "target"), *options).stderr
 
 
 def test_bounds_fitted_to_one_verifier_are_not_used_for_the_other() -> None:
@@ -299,9 +380,8 @@ def test_models_are_listed_with_what_they_need() -> None:
     assert result.exit_code == 0
     for word in (
         "tiny",
-        "built in",
         "qwen2.5-math",
-        "Qwen/Qwen2.5-Math-7B-Instruct",
+        "7.6B",
         "GB",
         "llama3",
     ):
@@ -315,7 +395,7 @@ def test_the_chosen_pair_is_remembered() -> None:
     assert result.exit_code == 1
     assert "Qwen/Qwen2.5-1.5B-Instruct" in result.stderr
     assert invoke("models", "use", "tiny").exit_code == 0
-    assert "Built-in pair" not in invoke("solve", SHELLS).stderr
+    assert "Built-in pair" in invoke("solve", SHELLS).stderr
     settings_path().write_text("pair = [")
     broken = invoke("solve", "x")
     assert broken.exit_code == 1

@@ -39,24 +39,18 @@ def sliding(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--draft", str(folders[0]), "--target", str(folders[1]), "--backend", "cpu"]
 
 
-def test_what_engines_lack_changes_the_defaults_and_is_said_once(sliding: list[str]) -> None:
+def test_the_usual_verifier_needs_no_attention(sliding: list[str]) -> None:
     result = invoke("solve", "Mia has 3 shells.", *sliding, "--k", "2", *SHORT)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 3, result.output
     lines = result.stderr.splitlines()
-    [note] = [line for line in lines if "verified by log-probability alone" in line]
-    assert "mistral has sliding-window layers" in note
     assert len(set(lines)) == len(lines)
+    assert "attention" not in result.stderr
     silent = invoke("solve", "Mia has 3 shells.", *sliding, "--k", "2", *SHORT, "--json")
-    assert silent.stderr == ""
-    data = json.loads(silent.stdout)
-    assert data["config"]["verifier"]["weights"] == {"log_prob": 1.0}
+    assert json.loads(silent.stdout)["config"]["verifier"]["weights"] == {"log_prob_sum": 1.0}
 
 
-def test_a_comparison_says_what_its_engines_lack(sliding: list[str], tmp_path: Path) -> None:
+def test_a_comparison_refuses_what_its_engines_lack(sliding: list[str], tmp_path: Path) -> None:
     options = ("bench", *sliding, "--limit", "1", "--output", str(tmp_path))
-    result = invoke(*options, "--methods", "draft")
-    assert result.exit_code == 0, result.output
-    assert result.stderr.count("verified by log-probability alone") == 1
     refused = invoke(*options, "--methods", "draft,paper")
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "method 'paper' cannot be run" in refused.stderr
@@ -73,7 +67,7 @@ def test_what_was_asked_for_is_not_changed_but_refused(sliding: list[str]) -> No
 
 def test_plain_decoding_is_not_said_to_verify(sliding: list[str]) -> None:
     result = invoke("solve", "Mia has 3 shells.", *sliding, "--method", "target", *SHORT)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 3, result.output
     assert "verified" not in result.stderr
 
 
@@ -83,12 +77,14 @@ def test_layers_that_are_not_fused_are_said_once(
     folder = make_checkpoint(tmp_path / "granite", "Granite")
     options = ("--draft", folder, "--target", folder, "--backend", "cpu", "--k", "2", *SHORT)
     result = invoke("solve", "Mia has 3 shells.", *map(str, options))
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 3, result.output
     assert result.stderr.count("transformers' own layers run it") == 1
     assert "layers" not in invoke("solve", SHELLS).stderr
 
 
-@pytest.mark.parametrize("arguments", [["solve", "x"], ["bench", "speed", "--count", "1"]])
+@pytest.mark.parametrize(
+    "arguments", [["solve", "x", "--force"], ["bench", "speed", "--count", "1"]]
+)
 def test_a_reference_switch_that_is_neither_on_nor_off_is_refused(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

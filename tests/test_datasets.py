@@ -48,7 +48,10 @@ def test_a_file_of_one_s_own_needs_its_fields(tmp_path: Path) -> None:
     ("lines", "message"),
     [
         ([ROW, '{"q": '], "line 2 of .* is no JSON"),
-        ([ROW, ""], "line 2 of .* is empty"),
+        ([ROW, "null"], "line 2 of .* no JSON object"),
+        ([ROW, "[" * 100_000], "line 2 of .* nested too deeply"),
+        ([{**ROW, "q": "\ud800"}], "line 1 of .*no valid Unicode"),
+        ([{**ROW, "a": "\ud800"}], "line 1 of .*no valid Unicode"),
         ([ROW, [1]], "line 2 of .* no JSON object"),
         ([{"q": "x", "key": "1"}], "line 1 of .* no field 'a'"),
         ([{**ROW, "q": 3}], "line 1 of .*3 is no text"),
@@ -62,6 +65,18 @@ def test_a_file_of_one_s_own_needs_its_fields(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(tmp_path: Path, lines: list[object], message: str) -> None:
     with pytest.raises(SpecguardError, match=message):
         load_dataset(file=write(tmp_path, *lines), fields=FIELDS)
+
+
+def test_marks_and_blank_lines_are_no_rows(tmp_path: Path) -> None:
+    """What editors and other systems leave in a file."""
+    row = json.dumps({"q": "1 + 1?", "a": 2}).encode()
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + row + b"\r\n\r\n  \n" + row)
+    found = load_dataset(file=file, fields=Fields("q", "a"))
+    assert [(item.id, item.answer) for item in found.items] == [("1", "2"), ("2", "2")]
+    file.write_bytes(row + b"\n\n{")
+    with pytest.raises(SpecguardError, match="line 3 of"):
+        load_dataset(file=file, fields=Fields("q", "a"))
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:

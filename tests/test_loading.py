@@ -1,5 +1,6 @@
 """Which pair is loaded, and with which settings."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from specguard.backends.local.engine import LocalEngine
 from specguard.backends.pytorch.backend import TorchBackend
 from specguard.backends.pytorch.loading import load_model
 from specguard.backends.registry import BackendStatus
+from specguard.core import Pair, SolveConfig
 from specguard.loading import choose, configure
 from specguard.models import pairs
 from specguard.models.settings import choose_pair
@@ -21,11 +23,11 @@ def test_a_replaced_model_keeps_the_pair_s_settings_but_its_bounds() -> None:
     assert choice.pair is not None
     own = pairs.PAIRS["tiny"]
     assert (choice.draft, choice.target) == ("/some/draft", own.target["torch"])
-    config = configure(choice.pair)
+    config = configure(choice)
     assert config.num_candidates == own.num_candidates
     assert not config.verifier.bounds
     assert not config.verifier.is_calibrated
-    math = configure(choose("qwen2.5-math", "cpu", target="/some/target").pair)
+    math = configure(choose("qwen2.5-math", "cpu", target="/some/target"))
     assert "boxed" in (math.system_prompt or "")
 
 
@@ -78,7 +80,8 @@ def test_what_the_user_should_know_of_the_engines_is_noted_once(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = str(checkpoint)
-    assert specguard.load(draft=folder, target=folder, backend="cpu").notes == []
+    same = "draft and target are the same model: there is nothing to gain"
+    assert specguard.load(draft=folder, target=folder, backend="cpu").notes == [same]
 
     def noted(*arguments: Any, **options: Any) -> LocalEngine:
         engine = load_model(folder)
@@ -86,4 +89,32 @@ def test_what_the_user_should_know_of_the_engines_is_noted_once(
         return engine
 
     monkeypatch.setattr(TorchBackend, "load", noted)
-    assert specguard.load(draft=folder, target=folder, backend="cpu").notes == ["it limps"]
+    notes = specguard.load(draft=folder, target=folder, backend="cpu").notes
+    assert sorted(notes) == [same, "it limps"]
+
+
+def test_parts_of_the_verifier_are_changed_and_the_others_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen: list[set[str]] = []
+
+    def degraded(self: Pair, config: SolveConfig, parts: set[str]) -> tuple[SolveConfig, list[str]]:
+        chosen.append(parts)
+        return config, []
+
+    monkeypatch.setattr(Pair, "degraded", degraded)
+    own = pairs.PAIRS["tiny"].verifier
+    config = specguard.load("tiny", verifier={"threshold": 0.9}, seed=3).config
+    assert config.verifier == replace(own, threshold=0.9)
+    asking = specguard.load("tiny", selector="draft", verifier={"model": "draft"}).config
+    assert asking.verifier == own.asking("draft")
+    specguard.load("tiny", verifier={"weights": {"log_prob": 1.0}})
+    specguard.load("tiny", verifier=own)
+    assert [parts & {"weights", "threshold", "selector"} for parts in chosen] == [
+        {"threshold"},
+        {"selector"},
+        {"weights"},
+        {"weights"},
+    ]
+    with pytest.raises(specguard.UsageError, match="no setting of a verifier is called 'treshold'"):
+        specguard.load("tiny", verifier={"treshold": 0.9})

@@ -130,7 +130,7 @@ def test_the_medoid_is_what_is_verified() -> None:
     outlier, common = "zzz 9.\n\n", "aab 1.\n\n"
     draft = Scripted("d", [[outlier, common, common], [ANSWER] * 3])
     target = Scripted("t", [])
-    solution = run(draft, target, num_candidates=3, detail=True)
+    solution = run(draft, target, num_candidates=3, selector="draft", detail=True)
     assert solution.steps[0].selected == 1
     assert target.scored_texts[0] == [common]
     candidates = solution.steps[0].candidates
@@ -201,9 +201,40 @@ def test_an_empty_box_neither_ends_a_solution_nor_is_its_answer(box: str) -> Non
     assert (solution.answer, solution.finish_reason) == ("7", "answer")
     assert [step.text for step in solution.steps] == [echo, GOOD, ANSWER]
     solution = run(Scripted("d", [echo, "Done.$"]), Scripted("t", []))
-    assert (solution.answer, solution.finish_reason) == (None, "eos")
+    assert (solution.boxed_answer, solution.finish_reason) == (None, "eos")
     solution = run(Scripted("d", [f"It is \\boxed{{7}}, not {box}.\n\n"]), Scripted("t", []))
     assert (solution.answer, solution.finish_reason) == ("7", "answer")
+
+
+@pytest.mark.parametrize(
+    ("steps", "answer"),
+    [
+        (["It is Paris.$"], "It is Paris."),
+        ([GOOD, "The capital\nis Paris.\n\n", "$"], "The capital\nis Paris."),
+        ([GOOD, "So \\boxed{}: Paris. $"], "So \\boxed{}: Paris."),
+        ([" $"], None),
+    ],
+)
+def test_where_nothing_is_boxed_the_last_text_is_the_answer(
+    steps: list[str], answer: str | None
+) -> None:
+    solution = run(Scripted("d", list(steps)), Scripted("t", []))
+    assert solution.finish_reason == "eos"
+    assert (solution.answer, solution.boxed_answer) == (answer, None)
+    assert solution.answer_source == (answer and "text")
+
+
+def test_what_was_cut_has_no_answer_but_a_boxed_one() -> None:
+    cut = run(Scripted("d", [GOOD, "It is Paris.\n\n"]), Scripted("t", []), max_tokens=20)
+    assert (cut.answer, cut.answer_source, cut.finish_reason) == (None, None, "length")
+    looping = run(Scripted("d", [GOOD]), Scripted("t", []))
+    assert (looping.answer, looping.answer_source, looping.finish_reason) == (
+        None,
+        None,
+        "repetition",
+    )
+    boxed = run(Scripted("d", [GOOD, ANSWER]), Scripted("t", []))
+    assert (boxed.answer, boxed.answer_source) == ("7", "box")
 
 
 def test_a_step_cut_by_its_cap_goes_on_as_the_next_step() -> None:

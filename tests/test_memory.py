@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(
     target = TINY_PAIR[1]  # a plain method asks for room for its own model
     machine.available = 4 * (target.num_parameters + (1024 + 500) * target.num_cached_numbers)
     assert specguard.load("tiny", backend=backend, method="target", **settings).draft is None
-    result = invoke("solve", "x", "--backend", backend)
+    result = invoke("solve", "x", "--force", "--backend", backend)
     assert (result.exit_code, result.stdout) == (1, "")
     assert "fewer --max-tokens" in result.stderr
 

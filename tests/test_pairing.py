@@ -14,7 +14,7 @@ from specguard.core import (
     SpecguardError,
     VerifierConfig,
 )
-from specguard.core.config import PRESETS
+from specguard.core.config import PAPER_CANDIDATES, PRESETS
 from tests.scripted import CharTokenizer, Script, Scripted
 
 WRONG, ANSWER = "wrong.\n\n", "So \\boxed{7}.\n\n"
@@ -34,9 +34,15 @@ BARE: tuple[Feature, ...] = ("attention", "hidden states", "entropy", "exact ran
 SETTINGS: list[dict[str, Any]] = [
     {"method": "target"},
     {"method": "draft"},
-    {"selector": "ngram", "verifier": LOG_PROB},
-    {"selector": "numbers", "verifier": LOG_PROB, "num_first_candidates": 2},
-    {"selector": "target", "verifier": LOG_PROB},
+    {"selector": "ngram", "verifier": LOG_PROB, "num_candidates": 4},
+    {},
+    {
+        "selector": "numbers",
+        "verifier": LOG_PROB,
+        "num_candidates": 4,
+        "num_first_candidates": 2,
+    },
+    {"selector": "target", "num_candidates": 4},
     {"selector": "draft", "verifier": LOG_PROB, "num_candidates": 1},
     {"selector": "ngram", "verifier": VerifierConfig("draft", {"log_prob": 1.0})},
     {"selector": "ngram", "verifier": VerifierConfig(weights={"consistency": 1.0})},
@@ -58,32 +64,54 @@ def test_bare_engines_are_asked_for_nothing_that_they_lack(
 
 @pytest.mark.parametrize("lacking", BARE)
 @pytest.mark.parametrize("role", ["draft", "target"])
-def test_without_a_config_a_pair_does_what_its_engines_can(lacking: Feature, role: str) -> None:
+def test_settings_that_nobody_chose_become_what_the_engines_can(
+    lacking: Feature, role: str
+) -> None:
     engines = {"draft": without(name="d"), "target": without(name="t", script=[ANSWER])}
     engines[role].features -= {lacking}
-    solver = Solver(**engines)  # type: ignore[arg-type]
-    solution = solver.solve("p", detail=True)
-    assert solution.answer == "7"
+    paper = SolveConfig(verifier=PAPER, **PAPER_CANDIDATES)
+    config, notes = Pair(**engines).degraded(paper)  # type: ignore[arg-type]
+    assert Solver(**engines, config=config).solve("p", detail=True).answer == "7"  # type: ignore[arg-type]
     changed = (role, lacking) in {("draft", "hidden states"), ("target", "attention")}
-    assert bool(solver.notes) == changed
-    assert (solver.config == SolveConfig()) == (not changed)
+    assert bool(notes) == changed
+    assert (config == paper) == (not changed)
 
 
 def test_without_hidden_states_candidates_are_compared_by_their_words() -> None:
-    solver = Solver(without("hidden states", name="d"), without())
-    assert solver.config.selector == "ngram"
-    [note] = solver.notes
+    draft = without("hidden states", name="d")
+    config, [note] = Pair(draft, without()).degraded(SolveConfig(**PAPER_CANDIDATES))
+    assert config.selector == "ngram"
     assert "compared by their words" in note
     assert "d has no hidden states (no hidden states here)" in note
-    assert solver.solve("p").config.selector == "ngram"
+
+
+def test_only_what_somebody_chose_stays_as_it_is() -> None:
+    """So a threshold of one's own leaves the signals to what the engines can do."""
+    pair = Pair(without("hidden states", name="d"), without("attention", name="t"))
+    paper = SolveConfig(verifier=PAPER, **PAPER_CANDIDATES)
+    usual = {"log_prob": 1.0}, "ngram"
+    kept = PAPER.weights, paper.selector
+    for chosen, weights, selector in (
+        (set(), *usual),
+        ({"threshold", "seed"}, *usual),
+        ({"weights"}, kept[0], usual[1]),
+        ({"selector"}, usual[0], kept[1]),
+        ({"weights", "selector"}, *kept),
+    ):
+        config, notes = pair.degraded(paper, chosen)
+        assert (config.verifier.weights, config.selector) == (weights, selector)
+        assert len(notes) == 2 - len(chosen & {"weights", "selector"})
 
 
 def test_a_selector_that_needs_hidden_states_is_refused_where_it_was_chosen() -> None:
     draft = without("hidden states", name="d")
     for solver, changes in (
-        (Solver(draft, without(), SolveConfig(selector="draft", verifier=LOG_PROB)), {}),
-        (Solver(draft, without()), {"selector": "draft"}),
-        (Solver(draft, without(), reward=Unasked()), {"method": "rsd", "selector": "draft"}),
+        (Solver(draft, without(), SolveConfig(selector="draft", num_candidates=4)), {}),
+        (Solver(draft, without()), {"selector": "draft", "num_candidates": 4}),
+        (
+            Solver(draft, without(), reward=Unasked()),
+            {"method": "rsd", "selector": "draft", "num_candidates": 4},
+        ),
     ):
         with pytest.raises(
             SpecguardError, match=r"d has no hidden states \(no .* here\)"
@@ -92,7 +120,7 @@ def test_a_selector_that_needs_hidden_states_is_refused_where_it_was_chosen() ->
         assert "--selector ngram" in caught.value.hint
     assert draft.jobs == []
     # Of the target, hidden states are never needed.
-    assert Solver(without(), without("hidden states")).solve("p").config.selector == "draft"
+    Solver(without(), without("hidden states")).solve("p", selector="draft", num_candidates=4)
 
 
 class Unasked:
@@ -109,14 +137,14 @@ class Unasked:
 
 def test_without_attention_the_log_probability_verifies_alone() -> None:
     target = without("attention", name="t")
-    solver = Solver(without(), target)
-    assert solver.config.verifier.weights == {"log_prob": 1.0}
-    [note] = solver.notes
+    paper = SolveConfig(verifier=PAPER)
+    config, [note] = Pair(without(), target).degraded(paper)
+    assert config.verifier.weights == {"log_prob": 1.0}
     assert "by log-probability alone: t has no attention (no attention here)" in note
-    assert solver.solve("p", num_candidates=1).answer == "7"
+    assert Solver(without(), target, config).solve("p").answer == "7"
     assert [job.capture for job in target.scored] == [None, None]
     # The draft's attention is of no use while the target verifies.
-    assert Solver(without("attention"), without()).notes == []
+    assert Pair(without("attention"), without()).degraded(paper) == (paper, [])
 
 
 @pytest.mark.parametrize("role", ["draft", "target"])

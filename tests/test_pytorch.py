@@ -23,6 +23,8 @@ from specguard.core import (
     SolveConfig,
     Solver,
     SpecguardError,
+    VerifierConfig,
+    ensemble_weights,
 )
 from tests.conftest import PROBLEM, eager, make_checkpoint
 from tests.contract.calls import (
@@ -70,7 +72,8 @@ def test_what_slides_or_soft_caps_runs_without_capture(reads_late: bool, tmp_pat
             assert_logprobs(reference, longer, further)
         with pytest.raises(SpecguardError, match="cannot be captured"):
             run(engine, score_job([[5]], prefix, capture=capture(prefix)))
-        solver = Solver(engine, engine, SolveConfig(num_candidates=2, max_tokens=12))
+        paper = VerifierConfig(weights=ensemble_weights(0.3))
+        solver = Solver(engine, engine, SolveConfig(verifier=paper, max_tokens=12))
         with pytest.raises(SpecguardError, match="has no attention"):
             solver.solve(PROBLEM)
         assert Solver(engine, engine).solve(PROBLEM, max_tokens=12).stats.num_tokens > 0
@@ -165,19 +168,44 @@ def different_lengths(limit: int) -> list[ScoreJob]:
     ]
 
 
-def test_fused_layers_run_in_bfloat16(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = load_model(str(checkpoint))
-    fused = load_model(str(checkpoint), dtype="bfloat16")
+@pytest.mark.parametrize("has_amx", [False, True])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Llama", {"attention_bias": True, "mlp_bias": True}),
+        ("Qwen2", {}),
+        ("Qwen3", {"head_dim": 64}),
+    ],
+)
+def test_fused_layers_run_in_bfloat16(
+    family: str,
+    settings: dict[str, Any],
+    has_amx: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from specguard.backends.pytorch import fused as fused_layers
+
+    monkeypatch.setattr(fused_layers, "_HAS_AMX", has_amx)
+    folder = str(make_checkpoint(tmp_path / "model", family, **settings))
+    exact = load_model(folder)
+    fused = load_model(folder, dtype="bfloat16")
     assert fused.note == ""
     monkeypatch.setenv("SPECGUARD_REFERENCE", "1")
-    own = load_model(str(checkpoint), dtype="bfloat16")
-    job = score_job([range(30, 70)])
-    [expected], [by_fused], [by_own] = (run(engine, job) for engine in (exact, fused, own))
-    deviations = [
-        float(np.abs(seen.token_logprobs - expected.token_logprobs).max())
-        for seen in (by_fused, by_own)
-    ]
-    assert 0 < deviations[0] < 2 * deviations[1]  # as exact as transformers' own layers
+    own = load_model(folder, dtype="bfloat16")
+    deviations = []
+    # Few rows behind a context, one, and many.
+    for job in (
+        score_job([range(30, 70)]),
+        score_job([[7]], (*PREFIX, 30, 31)),
+        score_job([range(5, 95)], key="long"),
+    ):
+        [expected], *seen = (run(engine, job) for engine in (exact, fused, own))
+        deviations.append(
+            [np.abs(one.token_logprobs - expected.token_logprobs).max() for [one] in seen]
+        )
+    by_fused, by_own = np.max(deviations, axis=0)
+    assert 0 < by_fused < 2 * by_own  # as exact as transformers' own layers
 
 
 @pytest.mark.parametrize(
@@ -192,13 +220,23 @@ def test_fused_layers_run_in_bfloat16(checkpoint: Path, monkeypatch: pytest.Monk
 def test_large_checkpoints_in_bfloat16_stay_so_where_the_processor_computes_with_it(
     stored: str, size: int, computes: bool, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from specguard.backends.checkpoint import Checkpoint
     from specguard.backends.pytorch import loading
 
     monkeypatch.setattr(loading, "_computes_bfloat16", lambda: computes)
-    found = Checkpoint("name", Path(), {"dtype": stored}, size, 2 * size)
-    assert loading._dtype("auto", torch.device("cpu"), found) == expected
-    assert loading._dtype("float32", torch.device("cpu"), found) == torch.float32
+    assert loading._dtype("auto", torch.device("cpu"), size, stored) == expected
+    assert loading._dtype("float32", torch.device("cpu"), size, stored) == torch.float32
+
+
+def test_a_processor_is_asked_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    from specguard.backends.pytorch import loading
+
+    for is_x86, is_arm in (True, False), (False, True), (False, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda is_x86=is_x86: is_x86)
+        capabilities = {"bf16": True} if is_arm else {}
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False
+        )
+        assert loading._computes_bfloat16() == (is_x86 or is_arm)
 
 
 def test_fused_layers_hold_nothing_twice(checkpoint: Path) -> None:
@@ -308,6 +346,27 @@ def test_a_sample_is_what_is_drawn_from_the_warped_distribution(
     if len(owners) == 3:
         whole = draw(warp(logits, sampling), torch.from_numpy(uniforms))
         assert sample(logits, sampling, uniforms).tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("cached", [1, 150, 2**18])
+def test_tokens_are_described_by_the_raw_distribution(
+    cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specguard.backends.pytorch import sampling
+
+    monkeypatch.setattr(sampling, "_CACHED", cached)
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0)) * 5
+    logits[2, 3] = float("-inf")  # a token that a model never writes
+    logits[4, 9] = 200.0
+    token_ids, rows = torch.tensor([1, 3, 9, 0]), torch.tensor([0, 2, 4, 2])
+    expected = logits.double().log_softmax(-1)
+    entropies = torch.special.entr(expected.exp()).sum(-1)
+    found = sampling.describe(logits, token_ids, rows)
+    wanted = expected[rows, token_ids], entropies[rows]
+    torch.testing.assert_close(found, wanted, check_dtype=False)
+    every = torch.arange(7)
+    found = sampling.describe(logits, every)
+    torch.testing.assert_close(found, (expected[every, every], entropies), check_dtype=False)
 
 
 def test_tokens_are_described_alike_in_whatever_portions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,14 @@ def test_what_an_engine_does_not_say_is_null_in_json() -> None:
     assert Solution.from_json(solution.to_json()) == solution
 
 
+def test_older_json_knows_boxed_answers_only(solution: Solution) -> None:
+    data = solution.to_dict()
+    assert data.pop("answer_source") == "box"
+    assert Solution.from_dict(data) == solution
+    cut = Solution.from_dict({**data, "answer": None})
+    assert (cut.answer, cut.answer_source) == (None, None)
+
+
 def test_json_has_the_documented_names(solution: Solution) -> None:
     data = json.loads(solution.to_json())
     assert {"answer", "text", "finish_reason", "steps", "stats"} <= data.keys()
@@ -59,7 +67,9 @@ def test_json_of_the_version_before_still_reads() -> None:
     assert solution.config.verifier.model == "draft"
     assert solution.is_reproducible
     # Nothing else has changed on the way, and it is stored and shown as a new one from here on.
-    stored |= {"schema_version": 2, "is_reproducible": True}
+    stored |= {"schema_version": 2, "is_reproducible": True, "answer_source": "box"}
+    stored["config"]["verifier"]["rewrite_from"] = "start"
+    stored["config"]["draft_cost"] |= {"reading": 0.0, "source": "given"}
     assert json.loads(solution.to_json()) == stored
     assert Solution.from_json(solution.to_json()) == solution
     assert "Mabel" in render(solution)

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specguard.core import Boundary, PieceTable, StepScanner, UsageError, final_answer
-from specguard.core.text import is_looping
+from specguard.core.text import after_thinking, loop_length
 from tests.scripted import EOS, CharTokenizer
 
 
@@ -108,9 +108,44 @@ def test_balanced_content_comes_back(content: str) -> None:
     assert final_answer("x \\boxed{" + content + "} y") == (content.strip() or None)
 
 
-def test_looping() -> None:
-    assert is_looping("abab" * 2, 4, 3)
-    assert is_looping(["x", "a", "a", "a"], 4, 3)
-    assert not is_looping(["a", "a", "b", "a", "a"], 4, 3)
-    assert not is_looping([], 4, 3)
-    assert not is_looping(list(range(50)), 16, 2)
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("It is 7.", "It is 7."),
+        ("<think>hm", None),
+        ("\n <think>\nhm</think>\n7", "\n7"),
+        ("<think></think>", ""),
+        ("the tag <think> opens", "the tag <think> opens"),
+        ("<think>a</think>b<think>c", "b<think>c"),
+    ],
+)
+def test_what_is_said_follows_the_thinking(text: str, said: str | None) -> None:
+    assert after_thinking(text) == said
+
+
+@pytest.mark.parametrize(
+    ("items", "length"),
+    [
+        ("abab" * 2, 8),
+        ("xaaa", 3),
+        ("xab" + "ab" * 3 + "a", 9),
+        ("abcabcabc", 9),
+        ("aabaa", 0),
+        ("", 0),
+        ("abcdefghabcdefghabcdefgh", 0),  # the period is too long
+    ],
+)
+def test_loops_have_a_length(items: str, length: int) -> None:
+    assert loop_length(items, 4, 3) == length
+
+
+@given(st.text("ab", max_size=12), st.integers(1, 4), st.integers(1, 4))
+def test_a_loop_is_where_the_end_repeats_itself(text: str, max_period: int, rounds: int) -> None:
+    repeats = (
+        text.endswith(text[len(text) - period :] * rounds)
+        for period in range(1, max_period + 1)
+        if period * rounds <= len(text)
+    )
+    length = loop_length(text, max_period, rounds)
+    assert (length > 0) == any(repeats)
+    assert length <= len(text)

@@ -20,21 +20,27 @@ NASTY = "<script>document.title = 'gone'</script><img src=x onerror=alert(1)> & 
 WRONG, RIGHT, ANSWER = "<b>wrong</b>.\n\n", "right & good.\n\n", "So \\boxed{7}.\n\n"
 
 
-def solution(detail: bool = True, **settings: Any) -> Solution:
+def solution(detail: bool = True, written: str = RIGHT, **settings: Any) -> Solution:
     verifier = VerifierConfig(
-        weights={"log_prob": 0.5, "grounding": 0.5}, bounds={"log_prob": (-2.0, 0.0)}, threshold=0.6
+        weights={"log_prob": 0.5, "grounding": 0.5},
+        bounds={"log_prob": (-2.0, 0.0)},
+        threshold=0.6,
+        rewrite_from="start",
     )
     draft = Scripted("d", [[WRONG, WRONG, RIGHT], [ANSWER] * 3])
-    target = Scripted("t", [RIGHT], logprobs={WRONG: -1.9})
-    config = SolveConfig(num_candidates=3, verifier=verifier, detail=detail, **settings)
+    target = Scripted("t", [written], logprobs={WRONG: -1.9})
+    settings = {"num_candidates": 3, "selector": "draft", "verifier": verifier, **settings}
+    config = SolveConfig(detail=detail, **settings)
     return Solver(draft, target, config).solve(NASTY)
 
 
 def test_the_page_shows_who_wrote_a_step_and_why() -> None:
     page = render(solution())
     assert page.count("<details") == 2
-    assert "target, rewritten" in page
-    assert "draft, accepted" in page
+    assert "rewritten by target" in page
+    assert "accepted draft" in page
+    assert "ensemble 0.53 &lt; 0.60 (log-prob 0.05, grounding 1.00, consistency 0.80)" in page
+    assert "accepted 1 of 2 drafted steps" in page
     assert "The draft&#39;s step, rejected" in page or "The draft's step, rejected" in page
     assert "log-prob &times; 0.5" in page
     assert 'title="threshold 0.6"' in page
@@ -42,6 +48,33 @@ def test_the_page_shows_who_wrote_a_step_and_why() -> None:
     assert "Tokens by log-prob" in page
     assert "Tokens by grounding" in page
     assert "uncalibrated" in page
+
+
+def test_the_page_says_what_was_and_no_more() -> None:
+    alone = VerifierConfig(
+        weights={"log_prob": 1.0}, bounds={"log_prob": (-2.0, 0.0)}, rewrite_from="start"
+    )
+    page = body(solution(written=WRONG, verifier=alone))
+    assert "rejected draft, target wrote the same" in page
+    assert "The draft's step, rejected" not in page
+    assert "log-prob 0.05 &lt; 0.70 (consistency 0.80)" in page
+    assert "ensemble" not in page, "one signal decides"
+    draft = Scripted("d", [[WRONG], ["It is 7.$"]])
+    single = Solver(draft, Scripted("t", [RIGHT]), SolveConfig(verifier=alone)).solve("p")
+    page = body(single)
+    assert "consistency" not in page, "a single candidate is consistent with itself"
+    assert "<strong>It is 7.</strong>" in page
+    assert "last text, no box; finished by eos" in page
+    cut = body(solution(max_tokens=20))
+    assert "<strong>none</strong>" in cut
+    assert "cut after 20 tokens" in cut
+    unseen = body(solution(verifier=VerifierConfig(weights={}, threshold=0.0)))
+    assert "not verified" in unseen
+    assert "ensemble" not in unseen
+
+
+def body(solved: Solution) -> str:
+    return render(solved).split("</style>")[1]
 
 
 def test_everything_from_outside_is_escaped() -> None:
@@ -89,8 +122,12 @@ def test_a_file_of_solve_becomes_a_page(tmp_path: Path) -> None:
     result = run("trace", file)
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'solution.html'}\n")
     assert (tmp_path / "solution.html").read_text() == render(solution_from(file))
-    assert run("trace", file, "-o", tmp_path / "new" / "page.html").exit_code == 0
-    assert {entry.name for entry in tmp_path.iterdir()} == {"solution.json", "solution.html", "new"}
+    assert run("trace", file, "-o", tmp_path / "page.html").exit_code == 0
+    assert {entry.name for entry in tmp_path.iterdir()} == {
+        "solution.json",
+        "solution.html",
+        "page.html",
+    }
 
 
 def solution_from(file: Path) -> Solution:
@@ -129,7 +166,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     result = run("trace", file, "-o", tmp_path / "folder")
     assert result.exit_code == 1
-    assert "cannot be written" in result.stderr
+    assert "is a folder" in result.stderr
     assert run("trace", file, "-o", file).exit_code == 1
     assert json.loads(file.read_text())
     assert {entry.name for entry in tmp_path.iterdir()} == {"solution.json", "folder"}

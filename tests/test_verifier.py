@@ -20,17 +20,20 @@ from specguard.core.verifier import normalise, verify
 
 UNKNOWN = np.zeros(2, dtype=bool)
 SEEN = Observation(np.array([-0.5, -1.5]), UNKNOWN, np.array([0.2, 0.6]))
+PIECES = ["so", " 5"]
 
 
 def test_signals_are_minima_means_and_maxima() -> None:
     block = AttentionBlock(np.array([0.5, 0.25]), np.array([0.1, 0.3]), np.zeros((2, 2)))
     seen = replace(SEEN, blocks=(block,))
     capture = Capture(np.array([True, False]), num_layers=1)
-    verdict = verify(seen, capture, 0.8, VerifierConfig())
+    verdict = verify(seen, capture, 0.8, PIECES, VerifierConfig())
     assert verdict.signals == pytest.approx(
         {
             "log_prob": -1.5,
             "log_prob_mean": -1.0,
+            "log_prob_sum": -2.0,
+            "log_prob_numbers": -1.5,
             "entropy_mean": 0.4,
             "entropy_max": 0.6,
             "consistency": 0.8,
@@ -46,7 +49,7 @@ def test_the_ensemble_is_the_paper_s() -> None:
     config = VerifierConfig(weights=ensemble_weights(0.3), bounds=bounds)
     block = AttentionBlock(np.array([1.0, 0.5]), np.zeros(2), np.zeros((2, 2)))
     seen = replace(SEEN, blocks=(block,))
-    verdict = verify(seen, Capture(np.array([False]), 1), 1.0, config)
+    verdict = verify(seen, Capture(np.array([False]), 1), 1.0, PIECES, config)
     assert verdict.scores["ensemble"] == pytest.approx(0.3 * 0.25 + 0.7 * 0.5)
     assert not verdict.is_accepted
 
@@ -56,12 +59,12 @@ def test_the_threshold_itself_is_enough() -> None:
         config = VerifierConfig(
             weights={"log_prob": 1.0}, bounds={"log_prob": (-2.0, 0.0)}, threshold=threshold
         )
-        assert verify(SEEN, None, 1.0, config).is_accepted == accepted
+        assert verify(SEEN, None, 1.0, PIECES, config).is_accepted == accepted
     perfect = Observation(np.zeros(2), UNKNOWN, np.zeros(2))
     config = VerifierConfig(
         weights={"log_prob": 0.7, "entropy_mean": 0.2, "entropy_max": 0.1}, threshold=1.0
     )
-    assert verify(perfect, None, 1.0, config).is_accepted
+    assert verify(perfect, None, 1.0, PIECES, config).is_accepted
 
 
 @given(st.floats(-100, 100), st.floats(-5, 5), st.floats(-5, 5))
@@ -149,9 +152,37 @@ def test_signals_that_an_engine_does_not_give_are_not_there() -> None:
     # A weight of nothing needs nothing.
     config = VerifierConfig(weights={"log_prob": 1.0, "grounding": 0.0, "entropy_max": 0.0})
     assert not config.needs_attention
-    verdict = verify(bare, None, 1.0, config)
-    assert set(verdict.signals) == {"log_prob", "log_prob_mean", "consistency"}
+    verdict = verify(bare, None, 1.0, PIECES, config)
+    of_logprobs = {"log_prob", "log_prob_mean", "log_prob_sum", "log_prob_numbers"}
+    assert set(verdict.signals) == of_logprobs | {"consistency"}
     assert verdict.token_grounding is None
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"), [(["5", "so"], -0.5), ([" = ", "+"], -1.5), (["so", "on"], 0.0)]
+)
+def test_numbers_and_operators_have_a_signal(pieces: list[str], expected: float) -> None:
+    verdict = verify(SEEN, None, 1.0, pieces, VerifierConfig())
+    assert verdict.signals["log_prob_numbers"] == expected
+
+
+def test_the_usual_verifier_forgives_single_words_and_not_many() -> None:
+    for logprobs, accepted in ([-8.9, *[0.0] * 9], True), ([-0.95] * 10, False):
+        seen = Observation(np.array(logprobs), np.zeros(10, dtype=bool))
+        assert verify(seen, None, 1.0, ["so"] * 10, VerifierConfig()).is_accepted == accepted
+
+
+def test_bounds_are_those_of_one_model() -> None:
+    fitted = VerifierConfig(bounds={"log_prob_sum": (-9.0, 0.0)})
+    assert fitted.asking("draft") == VerifierConfig("draft")
+    assert fitted.asking("target") is fitted
+
+
+def test_the_target_doubts_its_least_probable_token_unless_it_is_its_own() -> None:
+    logprobs = np.array([-1.0, -9.0, -3.0, -2.0])
+    assert Observation(logprobs, np.array([0, 1, 0, 0], bool)).doubt == 2
+    assert Observation(logprobs, np.array([0, 0, 0, 0], bool)).doubt == 1
+    assert Observation(logprobs, np.full(4, True)).doubt == 4
 
 
 def test_leading_choices_end_with_the_first_that_differs() -> None:

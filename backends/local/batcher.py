@@ -10,12 +10,12 @@ import asyncio
 import math
 import traceback
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from specguard.core.engine import GenerateJob, ScoreJob
+from specguard.core.engine import Candidate, GenerateJob, OnTokens, ScoreJob
 from specguard.core.errors import SpecguardError
 
 if TYPE_CHECKING:
@@ -34,11 +34,31 @@ class Ticket:
     job: GenerateJob | ScoreJob
     future: asyncio.Future[Any]
     state: Any = None  # of the engine, once the job is being drawn
+    num_told: Counter[int] = field(default_factory=Counter)
 
     @property
     def is_dropped(self) -> bool:
         """Whether nobody waits for it any more."""
         return self.future.done()
+
+    @property
+    def on_tokens(self) -> OnTokens | None:
+        """Who listens while the job is drawn."""
+        return self.job.on_tokens if isinstance(self.job, GenerateJob) else None
+
+    def tell(self, drawn: Sequence[Sequence[int]]) -> None:
+        """Say what candidates have come to be; what raises is the outcome of the job."""
+        listener = self.on_tokens
+        if listener is None or self.is_dropped:
+            return
+        try:
+            for candidate, token_ids in enumerate(drawn):
+                new = tuple(token_ids[self.num_told[candidate] :])
+                if new:
+                    self.num_told[candidate] += len(new)
+                    listener(candidate, new)
+        except Exception as error:
+            self.fail(error)
 
     def give(self, result: Any) -> None:
         """The job is done."""
@@ -156,6 +176,9 @@ class Batcher:
                 tickets, kind.under_way, kind.drawing = kind.under_way, [], None
                 self._each_alone(tickets, failure)
                 break
+            listening = [ticket for ticket in kind.under_way if ticket.on_tokens is not None]
+            for ticket in listening:
+                ticket.tell(ticket.state.token_ids)
             for state, result in done:
                 ticket = next(each for each in kind.under_way if each.state is state)
                 kind.under_way.remove(ticket)
@@ -165,7 +188,7 @@ class Batcher:
                 else:
                     ticket.give(result)
             num_passes += 1
-            if num_passes % _PASSES_A_TURN == 0 and num_wanted > 0:
+            if (listening or num_passes % _PASSES_A_TURN == 0) and num_wanted > 0:
                 await asyncio.sleep(0)
                 self._clean()
                 if self._scores:
@@ -197,7 +220,9 @@ class Batcher:
             return
         for ticket in tickets:
             try:
-                ticket.give(ticket.engine.do_now(ticket.job))
+                result = ticket.engine.do_now(ticket.job)
+                ticket.tell([each.token_ids for each in result if isinstance(each, Candidate)])
+                ticket.give(result)
             except Exception as own:
                 _let_go(own)
                 ticket.fail(own)

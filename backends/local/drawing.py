@@ -58,6 +58,11 @@ class DrawnJob:
     alive: list[tuple[int, int]] = field(default_factory=list)
     num_drawn: int = 0
 
+    @property
+    def token_ids(self) -> list[list[int]]:
+        """What each candidate has come to be, as far as it was read."""
+        return [draft.token_ids for draft in self.drafts.values()]
+
     def row(self) -> Row:
         """The leaves as a row of the next pass."""
         tree = self.tree

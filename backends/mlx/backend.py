@@ -4,7 +4,7 @@ import platform
 from importlib.metadata import version
 from importlib.util import find_spec
 
-from specguard.backends.memory import Demand
+from specguard.backends.memory import Demand, ModelSize
 from specguard.backends.registry import BackendStatus
 from specguard.core.engine import Engine
 from specguard.core.errors import UsageError
@@ -52,6 +52,13 @@ class MlxBackend:
         from specguard.backends.mlx.loading import demand
 
         return demand(source, dtype)
+
+    def estimate(self, size: ModelSize, device: str | None) -> Demand:
+        """What a model of 4 bits would take of this machine's memory."""
+        self._check_device(device)
+        from specguard.backends.mlx.loading import estimate
+
+        return estimate(size)
 
     def load(
         self,

@@ -8,11 +8,12 @@ from mlx_lm.utils import load_model as load_mlx_model
 
 from specguard.backends.checkpoint import Checkpoint, open_checkpoint
 from specguard.backends.local.engine import LocalEngine
-from specguard.backends.memory import Demand, this_machine
+from specguard.backends.memory import Demand, ModelSize, this_machine
 from specguard.backends.mlx.layer import MlxLayer
 from specguard.backends.tokenizer import FolderTokenizer
 from specguard.core.errors import SpecguardError
 
+_BYTES_QUANTISED = 4.5 / 8  # 4 bits, and two numbers of 16 for each group of 64
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -123,6 +124,13 @@ def demand(source: str, dtype: str) -> Demand:
     if number_type is not None and "quantization" not in checkpoint.config:
         weights = checkpoint.num_parameters * size
     return Demand(source, this_machine(), weights, checkpoint.num_cached_numbers * size)
+
+
+def estimate(size: ModelSize) -> Demand:
+    """What a model of this size would take, quantised to 4 bits."""
+    num_bytes = 2 if _dtype("auto") is None else 4
+    weights = round(size.num_parameters * _BYTES_QUANTISED)
+    return Demand("", this_machine(), weights, size.num_cached_numbers * num_bytes)
 
 
 def _raise_wired_limit() -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from specguard.backends.memory import Demand
+from specguard.backends.memory import Demand, ModelSize
 from specguard.backends.registry import BackendStatus
 from specguard.core.engine import Engine
 from specguard.core.errors import UsageError
@@ -54,6 +54,13 @@ class TorchBackend:
         from specguard.backends.pytorch.loading import demand
 
         return demand(source, device or self.name, dtype)
+
+    def estimate(self, size: ModelSize, device: str | None) -> Demand:
+        """What a model in bfloat16 would take of the device's memory."""
+        self._check_device(device)
+        from specguard.backends.pytorch.loading import estimate
+
+        return estimate(size, device or self.name)
 
     def load(
         self,

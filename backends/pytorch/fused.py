@@ -24,11 +24,13 @@ from specguard.core.reference import is_reference
 
 _ROPE_TYPES = ("default", "linear", "llama3")
 _FIRST_POSITIONS = 512
+_FEW_ROWS = 64  # whose product with a matrix takes little longer than reading the matrix
+_HAS_AMX = torch.cpu._is_amx_tile_supported()
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One layer's weights, those with the same input in one. Matrices are [inputs, outputs].
+    """One layer's weights, those with the same input in one. Matrices are [outputs, inputs].
 
     ``head_norm`` [query and key heads, head_dim] are the gains of queries and keys, if these are
     normed (Qwen3).
@@ -81,9 +83,8 @@ class FusedLayers:
         # Rows of a matrix throughout: products of more dimensions are slower to set up.
         states = functional.embedding(tokens, self._base.embed_tokens.weight)
         for index, layer in enumerate(self._layers):
-            heads = _product(
-                _normed(states, layer.input_norm, self._floor), layer.qkv, layer.qkv_bias
-            )
+            inputs = _normed(states, layer.input_norm, self._floor)
+            heads = _product(inputs, layer.qkv, layer.qkv_bias).contiguous()
             heads = heads.view(len(tokens), -1, self._head_dim)
             turning = heads[:, :num_rotated]
             if layer.head_norm is not None:
@@ -97,19 +98,19 @@ class FusedLayers:
                     attend_row(index, turned[:num_heads], turned[num_heads:], value, scale, placed)
                 )
             output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-            states = torch.addmm(states, output.view(len(tokens), -1), layer.out)
+            states = _product(output.view(len(tokens), -1), layer.out, states)
             if layer.out_bias is not None:
                 states += layer.out_bias
             inputs = _normed(states, layer.post_norm, self._floor)
             gate, up = _product(inputs, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
-            states = torch.addmm(states, functional.silu(gate).mul_(up), layer.down)
+            states = _product(functional.silu(gate).mul_(up), layer.down, states)
             if layer.down_bias is not None:
                 states += layer.down_bias
-        return _normed(states, self._norm, self._floor)
+        return _normed(states, self._norm, self._floor).contiguous()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What the head makes of final hidden states; without the hooks of a module's call."""
-        return functional.linear(hidden, self._head.weight, self._head.bias)
+        return _product(hidden, self._head.weight, self._head.bias).contiguous()
 
     def _rotation(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines [N, 1, head_dim] of positions before ``end``."""
@@ -160,15 +161,15 @@ def _fuse(layer: Any, num_heads: int, num_kv_heads: int) -> _Layer:
         head_norm = torch.stack(gains)
     return _Layer(
         _gain(layer.input_layernorm),
-        qkv.t(),
+        qkv,
         qkv_bias,
         head_norm,
-        attention.o_proj.weight.data.t(),
+        attention.o_proj.weight.data,
         attention.o_proj.bias,
         _gain(layer.post_attention_layernorm),
-        gate_up.t(),
+        gate_up,
         gate_up_bias,
-        mlp.down_proj.weight.data.t(),
+        mlp.down_proj.weight.data,
         mlp.down_proj.bias,
     )
 
@@ -201,8 +202,21 @@ def _normed(states: Tensor, gain: Tensor, floor: Tensor) -> Tensor:
     return (wide / torch.hypot(length, floor)).mul_(gain).to(states.dtype)
 
 
-def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(inputs, weight) if bias is None else torch.addmm(bias, inputs, weight)
+def _product(inputs: Tensor, weight: Tensor, added: Tensor | None) -> Tensor:
+    """Inputs [N, I] times a weight [O, I], and ``added`` [O] or [N, O]: [N, O], in any layout."""
+    if not _HAS_AMX or inputs.dtype == torch.float32 or len(inputs) > _FEW_ROWS:
+        weight = weight.t()
+        return torch.mm(inputs, weight) if added is None else torch.addmm(added, inputs, weight)
+    # For AMX the right factor is packed anew in each product: it must not be the weight.
+    if len(inputs) == 1:
+        vector = inputs[0]
+        if added is None:
+            return torch.mv(weight, vector).unsqueeze(0)
+        return torch.addmv(added.view(-1), weight, vector).unsqueeze(0)
+    if added is None:
+        return torch.mm(weight, inputs.t()).t()
+    columns = added.unsqueeze(1) if added.dim() == 1 else added.t()
+    return torch.addmm(columns, weight, inputs.t()).t()
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

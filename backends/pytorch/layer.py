@@ -26,7 +26,7 @@ from specguard.backends.pytorch.attention import (
 )
 from specguard.backends.pytorch.fused import FusedLayers, why_not_fused
 from specguard.backends.pytorch.kv import KVBuffer, PassCache
-from specguard.backends.pytorch.sampling import describe, sample, warp
+from specguard.backends.pytorch.sampling import describe, first_choices, sample, warp
 from specguard.core.engine import FloatArray, Sampling
 from specguard.core.errors import SpecguardError
 
@@ -143,7 +143,7 @@ class TorchLayer:
 
     def first_choices(self, logits: Tensor) -> FloatArray:
         """The most probable token id of each row."""
-        found: FloatArray = logits.argmax(-1).cpu().numpy()
+        found: FloatArray = first_choices(logits).cpu().numpy()
         return found
 
     def warp(self, logits: Tensor, sampling: Sampling) -> FloatArray:

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from specguard.backends.checkpoint import Checkpoint, open_checkpoint
 from specguard.backends.local.engine import LocalEngine
-from specguard.backends.memory import Demand, Place, this_machine
+from specguard.backends.memory import Demand, ModelSize, Place, this_machine
 from specguard.backends.pytorch.attention import ATTENTION_NAME, register
 from specguard.backends.pytorch.layer import TorchLayer, is_out_of_memory
 from specguard.backends.tokenizer import FolderTokenizer
@@ -39,7 +39,7 @@ def load_model(
     """
     place = _device(device)
     checkpoint = open_checkpoint(source)
-    number_type = _dtype(dtype, place, checkpoint)
+    number_type = _dtype(dtype, place, checkpoint.num_parameters, checkpoint.number_type)
     checkpoint.check_head(is_headless)
     _check_usable(checkpoint)
     refusal = checkpoint.capture_refusal
@@ -96,15 +96,25 @@ def _note(layer: TorchLayer) -> str:
 
 def demand(source: str, device: str, dtype: str) -> Demand:
     """What a model will take of the memory of its device; arguments as in `load_model`."""
-    place = _device(device)
     checkpoint = open_checkpoint(source)
-    size = _dtype(dtype, place, checkpoint).itemsize
+    size = ModelSize(checkpoint.num_parameters, checkpoint.num_cached_numbers)
+    return _demand(source, size, device, dtype, checkpoint.number_type)
+
+
+def estimate(size: ModelSize, device: str) -> Demand:
+    """What a model in bfloat16 of this size would take, loaded with dtype "auto"."""
+    return _demand("", size, device, "auto", "bfloat16")
+
+
+def _demand(name: str, size: ModelSize, device: str, dtype: str, number_type: str) -> Demand:
+    place = _device(device)
+    num_bytes = _dtype(dtype, place, size.num_parameters, number_type).itemsize
     memory = this_machine()
     if place.type == "cuda":
         # "cuda" and "cuda:0" are one.
         memory = Place(f"GPU {place.index or 0}", torch.cuda.mem_get_info(place)[0])
     return Demand(
-        source, memory, checkpoint.num_parameters * size, checkpoint.num_cached_numbers * size
+        name, memory, size.num_parameters * num_bytes, size.num_cached_numbers * num_bytes
     )
 
 
@@ -153,12 +163,13 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+def _dtype(name: str, device: torch.device, num_parameters: int, held: str) -> torch.dtype:
+    """What is computed with, of a checkpoint that holds numbers of the type ``held``."""
     if name == "auto":
         if device.type == "cpu":
             # What fits a processor's cache gains nothing by being half as large.
-            is_large = checkpoint.num_parameters >= _LARGE
-            is_half = is_large and checkpoint.number_type == "bfloat16" and _computes_bfloat16()
+            is_large = num_parameters >= _LARGE
+            is_half = is_large and held == "bfloat16" and _computes_bfloat16()
             return torch.bfloat16 if is_half else torch.float32
         return torch.float16 if device.type == "mps" else torch.bfloat16
     if name not in _DTYPES:
@@ -168,9 +179,9 @@ def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dty
 
 def _computes_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 itself (AVX512-BF16, AMX; Arm's BF16)."""
-    # Older versions of torch do not tell.
+    # Older versions of torch do not tell of Arm's.
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.cpu._is_avx512_bf16_supported() or bool(capabilities.get("bf16"))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The kinds of events: which fit the state of a problem, and what they do to the counts."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -11,9 +11,13 @@ from specguard.models.tiny.arithmetic import Update
 
 MONEY = "dollars"
 _ANY_THINGS = ("half", "double", "times", "share", "rest", "give")
-_COUNTED = ("gain", "lose", "bags", "rate", *_ANY_THINGS)
-_PAID = ("earn", "pay", "price", "sale", "half", "double", "give", "share")
-_COMPARISONS = ("more", "fewer", "times_as", "half_as")
+COUNTED = ("gain", "lose", "bags", "rate", *_ANY_THINGS)
+PAID = ("earn", "pay", "price", "sale", "half", "double", "give", "share")
+COMPARISONS = ("more", "fewer", "times_as", "half_as")
+PRODUCTS = ("bags", "rate", "sale", "price")  # kinds that add or take a product of two factors
+# Bounds of factors, both included, and those of what a count is multiplied or divided by.
+FACTORS = (2, 9)
+FACTORS_OF = {"times": (3, 5), "share": (3, 9), "rest": (3, 9), "times_as": (2, 5)}
 
 
 @dataclass(slots=True)
@@ -61,17 +65,18 @@ class World:
         return tuple(self.counts)
 
     def open_with(self, text: str) -> bool:
-        """Whether no sentence began like ``text`` yet; remembers that one does now.
-
-        A sentence is known by its first word or, where that is a name, by its first two.
-        """
-        first, second = text.split()[:2]
-        is_name = first in (*self.actors, self.bystander)
-        opening = f"{first} {second}" if is_name else first
+        """Whether no sentence began like ``text`` yet; remembers that one does now."""
+        opening = opening_of(text, (*self.actors, self.bystander))
         if opening in self.openings:
             return False
         self.openings.add(opening)
         return True
+
+
+def opening_of(text: str, names: Collection[str]) -> str:
+    """What a sentence is known by: its first word or, where that is a name, its first two."""
+    first, second = text.split()[:2]
+    return f"{first} {second}" if first in names else first
 
 
 def propose(world: World) -> tuple[str, str, str, tuple[Update, ...]] | None:
@@ -80,14 +85,15 @@ def propose(world: World) -> tuple[str, str, str, tuple[Update, ...]] | None:
     known = tuple(world.counts)
     source = world.pick(known)
     if waiting and world.rng.random() < 0.5:
-        kind, other = world.pick(_COMPARISONS), waiting[0]
+        kind, other = world.pick(COMPARISONS), waiting[0]
     else:
-        kind = world.pick(_PAID if world.things == MONEY else _COUNTED)
+        kind = world.pick(PAID if world.things == MONEY else COUNTED)
         others = [actor for actor in known if actor != source]
         other = world.pick(others) if others else ""
     if kind == "give" and not other:
         return None
-    n, m, updates = _effect(world, kind, source, other)
+    n, m = _numbers(world, kind, world.counts[source])
+    updates = updates_of(kind, source, other, n, m)
     counts = dict(world.counts)
     for update in updates:
         if not update.fits(counts[update.source]):
@@ -100,47 +106,51 @@ def propose(world: World) -> tuple[str, str, str, tuple[Update, ...]] | None:
     return kind, template, text, updates
 
 
-def _effect(
-    world: World, kind: str, source: str, other: str
-) -> tuple[int, int, tuple[Update, ...]]:
-    """The numbers of the sentence and the updates; they may not fit the counts yet."""
-    count = world.counts[source]
-    n, m = world.amount(2, 9), world.amount(2, 9)
+def _numbers(world: World, kind: str, count: int) -> tuple[int, int]:
+    """The numbers of a sentence about somebody who has ``count``; they may not fit it yet."""
+    n, m = (world.amount(*FACTORS) for _ in range(2))
+    match kind:
+        case "gain" | "earn" | "more":
+            n = world.amount(2, world.scale)
+        case "lose" | "pay" | "give":
+            n = world.amount(2, max(2, min(world.scale, count - 1)))
+        case "fewer":
+            n = world.amount(2, max(2, min(world.scale, count)))
+        case _ if kind in FACTORS_OF:
+            n = world.amount(*FACTORS_OF[kind])
+        case _:
+            pass
+    return n, m
+
+
+def updates_of(kind: str, source: str, other: str, n: int, m: int) -> tuple[Update, ...]:
+    """What an event does: ``source`` is the phrasings' ``{a}``, ``other`` their ``{b}``."""
     match kind:
         case "gain" | "earn":
-            n = world.amount(2, world.scale)
-            return n, m, (Update(source, source, "+", (n,)),)
+            return (Update(source, source, "+", (n,)),)
         case "lose" | "pay":
-            n = world.amount(2, max(2, min(world.scale, count - 1)))
-            return n, m, (Update(source, source, "-", (n,)),)
+            return (Update(source, source, "-", (n,)),)
         case "half":
-            return n, m, (Update(source, source, "/", (2,)),)
+            return (Update(source, source, "/", (2,)),)
         case "double":
-            return n, m, (Update(source, source, "*", (2,)),)
+            return (Update(source, source, "*", (2,)),)
         case "times":
-            n = world.amount(3, 5)
-            return n, m, (Update(source, source, "*", (n,)),)
+            return (Update(source, source, "*", (n,)),)
         case "give":
-            n = world.amount(2, max(2, min(world.scale, count - 1)))
-            updates = Update(source, source, "-", (n,)), Update(other, other, "+", (n,))
-            return n, m, updates
+            return Update(source, source, "-", (n,)), Update(other, other, "+", (n,))
         case "bags" | "rate" | "sale":
-            return n, m, (Update(source, source, "+", (n, m)),)
+            return (Update(source, source, "+", (n, m)),)
         case "price":
-            return n, m, (Update(source, source, "-", (n, m)),)
+            return (Update(source, source, "-", (n, m)),)
         case "share":
-            n = world.amount(3, 9)
-            return n, m, (Update(source, source, "/", (n,)),)
+            return (Update(source, source, "/", (n,)),)
         case "rest":
-            n = world.amount(3, 9)
-            return n, m, (Update(source, source, "%", (n,)),)
+            return (Update(source, source, "%", (n,)),)
         case "more" | "fewer":
-            n = world.amount(2, world.scale if kind == "more" else max(2, min(world.scale, count)))
-            return n, m, (Update(other, source, "+" if kind == "more" else "-", (n,)),)
+            return (Update(other, source, "+" if kind == "more" else "-", (n,)),)
         case "times_as":
-            n = world.amount(2, 5)
-            return n, m, (Update(other, source, "*", (n,)),)
+            return (Update(other, source, "*", (n,)),)
         case "half_as":
-            return n, m, (Update(other, source, "/", (2,)),)
+            return (Update(other, source, "/", (2,)),)
         case _:
             raise ValueError(kind)

@@ -19,6 +19,7 @@ __all__ = ["CALIBRATION", "DELIMITER", "HELD_OUT", "TRAINING", "Difficulty", "Pr
 __all__ += ["Sentence", "generate", "stream"]
 
 DELIMITER = "\n\n"
+MAX_WORTH = 99  # the most things that a price is asked of
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +229,8 @@ def _ask(world: World) -> Question:
     kind = world.pick(tuple(kinds))
     asked = world.pick(actors)
     lesser = [other for other in actors if world.counts[other] < world.counts[asked]]
-    if (kind == "difference" and not lesser) or (kind == "worth" and world.counts[asked] > 99):
+    is_too_much = kind == "worth" and world.counts[asked] > MAX_WORTH
+    if (kind == "difference" and not lesser) or is_too_much:
         kind = "have"
     chosen: tuple[str, ...] = (asked,)
     if kind == "total":

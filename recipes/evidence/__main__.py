@@ -45,7 +45,7 @@ def run_options(command: F) -> F:
 def pair(backend: str, draft: str | None, target: str | None) -> Solver:
     """The built-in pair, or its settings with other weights."""
     if draft is None and target is None:
-        return load(BUILT_IN_PAIR, backend=backend)
+        return load(BUILT_IN_PAIR, backend=backend, draft_cost=None)
     own = find_pair(BUILT_IN_PAIR)
     folders = own.sources("torch")
     return load(
@@ -55,6 +55,7 @@ def pair(backend: str, draft: str | None, target: str | None) -> Solver:
         num_candidates=own.num_candidates,
         selector=own.selector,
         verifier=own.verifier,
+        draft_cost=None,
     )
 
 

@@ -21,9 +21,8 @@ from recipes.real_pair.answers import Problem, grade, load_problems
 from recipes.real_pair.engines import Queue, log, set_environment, use_fast_top_p
 from recipes.real_pair.labels import Labeller
 from recipes.real_pair.lines import Lines, Record
-from recipes.real_pair.steps import DELIMITER, NUM_SAMPLED, cut_steps, seed_of
+from recipes.real_pair.steps import DELIMITER, NUM_SAMPLED, SYSTEM, cut_steps, seed_of
 
-SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 TEMPERATURE, TOP_P = 0.7, 0.8
 MAX_SOLUTION_TOKENS, MAX_STEP_TOKENS = 512, 256
 TARGET_ROWS, TARGET_KV_BYTES = 64, int(1.5 * 2**30)

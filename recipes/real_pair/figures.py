@@ -1,14 +1,14 @@
 """Shares of right steps and the AUC of each signal, of what is collected so far; only reads.
 
-Knows the files, no engine. Labels alone give the shares; ``signals.jsonl`` adds the AUCs, and
-``--pair`` those over tokens with digits and operators, which need the tokenizer::
+Knows the files and the tokenizer, no engine. Labels alone give the shares; ``signals.jsonl`` adds
+the AUCs and what a threshold lets pass::
 
-    python -m recipes.real_pair.figures --output STEPS [--pair PAIR]
+    python -m recipes.real_pair.figures --output STEPS --pair PAIR
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from recipes.evidence.signals import auc
 from recipes.real_pair.lines import Record, read_lines
+from recipes.real_pair.signals import NUM_LAYERS, SOURCES
 from recipes.real_pair.steps import NUM_SAMPLED
 from specguard.backends.tokenizer import FolderTokenizer
 
 NUMERIC = re.compile(r"[\d=+\-*/×÷]")  # noqa: RUF001
+NAME = re.compile(r"\s?[A-Z][a-z]+")
 Array = NDArray[np.float64]
 
 
@@ -52,68 +54,130 @@ def share_of_samples(labels: Sequence[Record]) -> float:
     return float(np.mean(shares)) if shares else float("nan")
 
 
-def num_leading(is_first: Sequence[bool]) -> int:
-    """How many tokens from the beginning on are first choices."""
-    others = np.flatnonzero(~np.array(is_first, bool))
-    return int(others[0]) if len(others) else len(is_first)
+def reductions(row: Record, pieces: Sequence[str]) -> dict[str, float]:
+    """One number a signal; higher is meant to speak for the step.
 
-
-def reductions(row: Record) -> dict[str, float]:
-    """One number a signal; higher is meant to speak for the step."""
-    target, entropies = np.array(row["t_lp"]), np.array(row["t_h"])
-    draft, draft_entropies = np.array(row["d_lp"]), np.array(row["d_h"])
+    ``pieces`` are the texts of the step's tokens. Typical acceptance is that of Medusa (Cai et al.
+    2024): a token passes from min(epsilon, sqrt(epsilon) exp(-H)) on, epsilon 0.09.
+    """
+    target, draft = (np.array(row[role]["lp"]) for role in ("target", "draft"))
+    entropy = np.array(row["target"]["h"])
+    is_number = np.array([bool(NUMERIC.search(piece)) for piece in pieces])
+    is_name = np.array([bool(NAME.match(piece)) for piece in pieces])
+    is_first = np.array(row["target"]["first"])
+    typical = np.minimum(np.log(0.09), np.log(0.3) - entropy)
     values = {
-        "target min": target.min(),
-        "target mean": target.mean(),
-        "target 10% quantile": np.quantile(target, 0.1),
-        "target 25% quantile": np.quantile(target, 0.25),
-        "target sum": target.sum(),
-        "target share above -1": (target > -1).mean(),
-        "target share above -2": (target > -2).mean(),
-        "target share of first choices": np.mean(row["t_first"]),
-        "target share of leading choices": num_leading(row["t_first"]) / len(target),
-        "target typicality min": (target + entropies).min(),
-        "target typicality mean": (target + entropies).mean(),
-        "target entropy mean": -entropies.mean(),
-        "target entropy max": -entropies.max(),
-        "draft min": draft.min(),
-        "draft mean": draft.mean(),
-        "draft entropy mean": -draft_entropies.mean(),
-        "target - draft mean": (target - draft).mean(),
-        "target - draft min": (target - draft).min(),
+        "target: min": target.min(),
+        "target: mean": target.mean(),
+        "target: sum": target.sum(),
+        "target: 10% quantile": np.quantile(target, 0.1),
+        "target: share of tokens above -1": (target > -1).mean(),
+        "target: number of tokens below -2": -(target < -2).sum(),
+        "target: min over numbers and operators": target[is_number].min(initial=0),
+        "target: min over numbers, operators, names": target[is_number | is_name].min(initial=0),
+        "target: sum over numbers and operators": target[is_number].sum(),
+        "target: least margin to the first choice": min(row["target"]["margin"]),
+        "target: sum of margins": sum(row["target"]["margin"]),
+        "target: worst rank": -max(row["target"]["rank"]),
+        "target: number of other choices": -(~is_first).sum(),
+        "target: share of first choices": is_first.mean(),
+        "target: typical acceptance, min": (target - typical).min(),
+        "target: log-prob + entropy, min": (target + entropy).min(),
+        "target: entropy, mean": -entropy.mean(),
+        "target: entropy, max": -entropy.max(),
+        "draft: min": draft.min(),
+        "draft: sum": draft.sum(),
+        "draft: mean": draft.mean(),
+        "draft: min over numbers and operators": draft[is_number].min(initial=0),
+        "draft: entropy, sum": -sum(row["draft"]["h"]),
+        "log ratio": (target - draft).sum(),
+        "log ratio, min": (target - draft).min(),
+        "log ratio, mean": (target - draft).mean(),
         "length": -len(target),
     }
+    for role in ("target", "draft"):
+        for sources in SOURCES if SOURCES[0] in row[role] else ():
+            own = row[role][sources]
+            for place, num_layers in enumerate(NUM_LAYERS):
+                for name in "min", "mean":
+                    of_layers = f"grounding {name}, {sources}, L = {num_layers}"
+                    values[f"{role}: {of_layers}"] = own[name][place]
+            for layer, (source, sink) in enumerate(zip(own["source"], own["sink"], strict=True)):
+                values[f"{role}: source mass, {sources}, layer {layer}"] = source
+                if sources == "problem":
+                    values[f"{role}: sink mass, layer {layer}"] = -sink
     return {name: float(value) for name, value in values.items()}
 
 
-def numeric_min(logprobs: Sequence[float], pieces: Sequence[str]) -> float:
-    """The least log-probability of a token with a digit or an operator; 0 where there is none."""
-    pairs = zip(logprobs, pieces, strict=True)
-    return min((value for value, piece in pairs if NUMERIC.search(piece)), default=0.0)
+def passing_right(values: Array, is_right: NDArray[np.bool_], wrong_share: float) -> float:
+    """Share of right steps that pass where at most a share of the wrong ones does."""
+    wrong = np.sort(values[~is_right])[::-1]
+    barrier = wrong[int(wrong_share * len(wrong))] if len(wrong) else -np.inf
+    return float((values[is_right] > barrier).mean())
 
 
-def table(rows: Sequence[Record], decode: Callable[[Sequence[int]], str] | None) -> list[str]:
-    """Lines of a table: the AUC of each signal on all steps and on parts of them."""
-    values = [reductions(row) for row in rows]
-    if decode is not None:
-        for row, own in zip(rows, values, strict=True):
-            pieces = [decode([token]) for token in row["token_ids"]]
-            own["target min over numbers"] = numeric_min(row["t_lp"], pieces)
-            own["draft min over numbers"] = numeric_min(row["d_lp"], pieces)
-    is_right = np.array([row["right"] for row in rows], bool)
+def parts_of(rows: Sequence[Record]) -> dict[str, NDArray[np.bool_]]:
+    """Kinds of steps, as masks."""
     has_sum = np.array([computes(row) for row in rows], bool)
-    parts = {
+    return {
         "all": np.full(len(rows), True),
         "with a calculation": has_sum,
         "without": ~has_sum,
         "not the target's own": np.array([not row["same_as_own"] for row in rows], bool),
-        "sampled": np.array([row["kind"] == "sample" for row in rows], bool),
+        "greedy": np.array([row["kind"] == "greedy" for row in rows], bool),
     }
-    lines = ["| signal | " + " | ".join(parts) + " |", "|---" * (1 + len(parts)) + "|"]
+
+
+def table(rows: Sequence[Record], values: Sequence[dict[str, float]]) -> list[str]:
+    """Lines of a table: of each signal the AUC by kind of step, and what passes of greedy steps."""
+    is_right = np.array([row["right"] for row in rows], bool)
+    parts = parts_of(rows)
+    names = [*parts, "right greedy ones that pass with 10% of wrong ones", "with 25%"]
+    lines = ["| signal | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    greedy = parts["greedy"]
     for name in values[0]:
         column = np.array([own[name] for own in values])
-        areas = [f"{auc(column[part], is_right[part]):.3f}" for part in parts.values()]
-        lines.append("| " + " | ".join([name, *areas]) + " |")
+        cells = [f"{auc(column[part], is_right[part]):.3f}" for part in parts.values()]
+        for share_passing in 0.1, 0.25:
+            passing = passing_right(column[greedy], is_right[greedy], share_passing)
+            cells.append(f"{passing:.2f}")
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return lines
+
+
+def frontier(rows: Sequence[Record], draft_cost: float) -> list[str]:
+    """What thresholds on the log ratio let pass of greedy steps, and the time that it would take.
+
+    The time is a share of the target's own: drafting at ``draft_cost`` of the target's time a
+    token, a reading pass of 1 + 0.045 n decode steps, and the target's tokens behind its doubt or
+    behind its leading choices.
+    """
+    rows = [row for row in rows if row["kind"] == "greedy"]
+    is_right = np.array([row["right"] for row in rows], bool)
+    lengths = np.array([len(row["token_ids"]) for row in rows])
+    ratios = [np.array(row["target"]["lp"]) - np.array(row["draft"]["lp"]) for row in rows]
+    others = [~np.array(row["target"]["first"]) for row in rows]
+    leading = np.array([np.append(other, True).argmax() for other in others])
+    doubts = np.array(
+        [
+            np.where(other, ratio, np.inf).argmin() if other.any() else len(ratio)
+            for ratio, other in zip(ratios, others, strict=True)
+        ]
+    )
+    totals = np.array([ratio.sum() for ratio in ratios])
+    lines = [
+        "| log ratio from | right ones that pass | wrong ones | wrong steps in all | "
+        "time, from the doubt on | time, from the first other choice on |",
+        "|---" * 6 + "|",
+    ]
+    fixed = draft_cost * lengths.sum() + (1 + 0.045 * lengths).sum()
+    for bound in (-1, -2, -3, -4, -5, -6, -7, -8, -10, -12, -16):
+        passes = totals >= bound
+        kept = [np.where(passes, lengths, places) for places in (doubts, leading)]
+        times = [(fixed + (lengths - each).sum()) / lengths.sum() for each in kept]
+        shares = passes[is_right].mean(), passes[~is_right].mean(), (passes & ~is_right).mean()
+        cells = [f"{value:.3f}" for value in (*shares, *times)]
+        lines.append("| " + " | ".join([str(bound), *cells]) + " |")
     return lines
 
 
@@ -142,8 +206,11 @@ def shares(labels: Sequence[Record]) -> list[str]:
     required=True,
     help="Folder with the collected steps.",
 )
-@click.option("--pair", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def main(output: Path, pair: Path | None) -> None:
+@click.option(
+    "--pair", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True
+)
+@click.option("--draft-cost", default=0.41, show_default=True, help="Of the target's time a token.")
+def main(output: Path, pair: Path, draft_cost: float) -> None:
     """Print the figures of the steps in the folder OUTPUT."""
     click.echo(f"solutions right: {share(read_lines(output / 'solutions.jsonl'))}")
     click.echo("\n".join(shares(read_lines(output / "labels.jsonl"))))
@@ -151,11 +218,20 @@ def main(output: Path, pair: Path | None) -> None:
     noise = Counter((row["right"], sum(row["outcomes"])) for row in repeats)
     click.echo(f"repeats {len(repeats)}: (label, right ones of three) {dict(noise)}")
     rows = read_lines(output / "signals.jsonl")
-    if rows:
-        decode = None
-        if pair is not None:
-            decode = FolderTokenizer(pair / "coder-1.5b").decode
-        click.echo(f"\nAUC on {len(rows)} labels:\n\n" + "\n".join(table(rows, decode)))
+    if not rows:
+        return
+    tokenizer = FolderTokenizer(pair / "coder-1.5b")
+    values = [reductions(row, [tokenizer.decode([t]) for t in row["token_ids"]]) for row in rows]
+    has_attention = [SOURCES[0] in row["target"] for row in rows]
+    without = [
+        {k: v for k, v in own.items() if "grounding" not in k and "mass" not in k} for own in values
+    ]
+    click.echo(f"\nAUC on {len(rows)} labels:\n\n" + "\n".join(table(rows, without)))
+    some = [row for row, has in zip(rows, has_attention, strict=True) if has]
+    own = [row for row, has in zip(values, has_attention, strict=True) if has]
+    if some:
+        click.echo(f"\nof attention, on {len(some)} labels:\n\n" + "\n".join(table(some, own)))
+    click.echo(f"\ndraft cost {draft_cost}:\n\n" + "\n".join(frontier(rows, draft_cost)))
 
 
 if __name__ == "__main__":

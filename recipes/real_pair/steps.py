@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 
+SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 DELIMITER = "\n\n"
 NUM_SAMPLED = 8
 

@@ -61,7 +61,8 @@ def evaluate(model: str, stream: str, count: int, steps: Path, backend: str) -> 
     STEPS is a file as of ``python -m recipes.evidence collect``; what it lacks is
     sampled. Steps that answer are among them.
     """
-    rows = collect(load(BUILT_IN_PAIR, backend=backend), ("draft",), STREAMS[stream], count, steps)
+    solver = load(BUILT_IN_PAIR, backend=backend, draft_cost=None)
+    rows = collect(solver, ("draft",), STREAMS[stream], count, steps)
     add_rewards(load_reward_model(model, backend), STREAMS[stream], rows)
     found = sample(rows, "draft")
     quality = Quality.of(found)

@@ -11,6 +11,8 @@ from specguard.bench.grading import clean
 from specguard.core.errors import SpecguardError, UsageError
 
 BUILT_IN = "tiny"
+_MAX_LINE = 1 << 24  # bytes of a line
+_BLANK = b" \t\r\n\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,10 @@ class Source:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.60} is no text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can say \\ud800, which stands for no character
+        raise TypeError(f"{value!r:.60} is no valid Unicode") from error
     return value
 
 
@@ -69,7 +75,7 @@ def _joined(value: Any) -> str:
     """OlympiadBench lists its answers; several are to be given together."""
     if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
         raise TypeError(f"{value!r:.60} is no list of texts")
-    return ", ".join(part.strip().removesuffix(".") for part in value)
+    return ", ".join(_text(part).strip().removesuffix(".") for part in value)
 
 
 SOURCES: Mapping[str, Source] = {
@@ -134,7 +140,7 @@ def load_dataset(
 def _any_answer(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError(f"{value!r:.60} is no text or number")
-    return str(value)
+    return _text(str(value))
 
 
 def _assemble(
@@ -158,9 +164,9 @@ def _assemble(
                 raise SpecguardError(f"{place} has no field {field!r}", f"its fields: {known}")
         try:
             problem, answer = _text(row[fields.problem]), answer_of(row[fields.answer])
+            item = Item(_text(str(row[fields.id])) if fields.id else str(number), problem, answer)
         except TypeError as error:
             raise SpecguardError(f"{place}: {error}") from error
-        item = Item(str(row[fields.id]) if fields.id else str(number), problem, answer)
         if item.id in places:
             raise SpecguardError(f"{place} has the id {item.id!r} of {places[item.id]}")
         places[item.id] = place
@@ -174,22 +180,28 @@ def _assemble(
 
 
 def _read_lines(file: Path) -> Iterator[tuple[str, Any]]:
+    """Rows with their places, read as they are asked for; blank lines are none."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        with file.open("rb") as stream:
+            for number, line in enumerate(iter(lambda: stream.readline(_MAX_LINE), b""), 1):
+                place = f"line {number} of {file}"
+                if len(line) == _MAX_LINE:
+                    raise SpecguardError(f"{place} is longer than {_MAX_LINE} bytes")
+                if line.strip(_BLANK):
+                    yield place, _row(line, place)
     except OSError as error:
         raise SpecguardError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _row(line: bytes, place: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))  # a mark may stand before the first line
     except UnicodeDecodeError as error:
-        raise SpecguardError(f"{file} is not UTF-8: {error}") from error
-    if lines and not lines[-1]:
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        place = f"line {number} of {file}"
-        if not line.strip():
-            raise SpecguardError(f"{place} is empty")
-        try:
-            yield place, json.loads(line)
-        except ValueError as error:
-            raise SpecguardError(f"{place} is no JSON: {error}") from error
+        raise SpecguardError(f"{place} is not UTF-8: {error.reason}") from error
+    except RecursionError as error:
+        raise SpecguardError(f"{place} is nested too deeply") from error
+    except ValueError as error:
+        raise SpecguardError(f"{place} is no JSON: {error}") from error
 
 
 def _from_hub(source: Source) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from specguard.core.errors import SpecguardError
+from specguard.files import cannot_write
 
 
 class Journal:
     """The rows of one run, each on the disk before the next is worked out.
 
     The first line holds the run's settings. A last line that a killed process left unfinished is
-    cut off. A context manager: while it is open, no second run writes to the file.
+    cut off. A context manager: while it is open, no second run writes to the file. Closed without
+    a row, it leaves nothing behind.
 
     Raises:
         SpecguardError: the file is of a run with other settings, a line of it is no JSON, another
@@ -24,26 +27,32 @@ class Journal:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._is_new = False
         self._path = path
         self._lock = FileLock(path.with_name(f".{path.name}.lock"))
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(blocking=False)
         except Timeout as error:
             raise SpecguardError(
                 f"another run is writing to {path}", "wait for it, or name another output"
             ) from error
+        except OSError as error:
+            raise cannot_write(path, error) from error
         try:
             settings = json.loads(json.dumps(settings))
             lines = read_lines(path) if path.exists() else []
             if lines and lines[0] != settings:
                 raise SpecguardError(
                     f"{path} is of another run: {_difference(lines[0], settings)}",
-                    "name another output to start anew, or give the settings of that run",
+                    "give the settings of that run; or, to start anew, name another output or "
+                    "remove that file",
                 )
-            self.rows: list[dict[str, Any]] = lines[1:]
+            self.rows = lines[1:]
             _cut_unfinished(path)
-            if not lines:
+            self._is_new = not lines
+            if self._is_new:
                 self._write(settings)
         except BaseException:
             self.close()
@@ -61,7 +70,13 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Let other runs write."""
+        """Let other runs write; neither a lock nor a file without rows stays."""
+        if not self._lock.is_locked:
+            return
+        if not self.rows and self._is_new:
+            self._path.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows keeps a file that is open
+            Path(self._lock.lock_file).unlink()
         self._lock.release()
 
     def append(self, row: dict[str, Any]) -> None:

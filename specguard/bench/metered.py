@@ -1,7 +1,7 @@
 """An engine around another one that times its verbs."""
 
 import time
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Hashable
 from typing import TypeVar
 
 from specguard.core import (
@@ -11,9 +11,9 @@ from specguard.core import (
     Observation,
     ScoreJob,
 )
+from specguard.costs.side import Clock
 
 R = TypeVar("R")
-Clock = Callable[[], float]  # seconds from some moment on
 
 
 class Metered:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from specguard.core.config import PRESETS, SolveConfig
+from specguard.core.config import PAPER_CANDIDATES, PRESETS, SolveConfig
 from specguard.core.engine import GREEDY, Sampling
 from specguard.core.errors import UsageError
 
@@ -60,11 +60,11 @@ def known_methods(base: SolveConfig) -> dict[str, Method]:
     """
     presets = {name: replace(base.verifier, **changes) for name, changes in PRESETS.items()}
     by_target: dict[str, Any] = {
-        "verifier": replace(base.verifier, model="target"),
+        "verifier": base.verifier.asking("target"),
         "selector": "target",
     }
     by_draft: dict[str, Any] = {
-        "verifier": replace(base.verifier, model="draft"),
+        "verifier": base.verifier.asking("draft"),
         "selector": "draft",
     }
     target: dict[str, Any] = {"method": "target", "sampling": SAMPLED}
@@ -88,10 +88,10 @@ def known_methods(base: SolveConfig) -> dict[str, Method]:
         Method("specguard-adaptive", {"num_candidates": 16, "num_first_candidates": 4}),
         Method("specguard-target-selects", by_target),
         Method("specguard-draft-verifies", by_draft),
-        Method("paper", {"verifier": presets["paper"], "selector": "draft"}),
-        Method("sc-only", {"verifier": presets["consistency-only"], "selector": "draft"}),
-        Method("sc-log-prob", {"verifier": presets["log-prob"], "selector": "draft"}),
-        Method("sc-grounding", {"verifier": presets["grounding"], "selector": "draft"}),
+        Method("paper", {**PAPER_CANDIDATES, "verifier": presets["paper"]}),
+        Method("sc-only", {**PAPER_CANDIDATES, "verifier": presets["consistency-only"]}),
+        Method("sc-log-prob", {**PAPER_CANDIDATES, "verifier": presets["log-prob"]}),
+        Method("sc-grounding", {**PAPER_CANDIDATES, "verifier": presets["grounding"]}),
     ]
     return {
         method.name: replace(method, changes={"draft_cost": None, **method.changes})

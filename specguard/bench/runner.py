@@ -233,14 +233,14 @@ class Run:
 
     def _chosen(self, item: Item, method: Method, solutions: list[Solution]) -> str | None:
         if not method.has_samples or method.choice == "majority":
-            return vote([solution.answer for solution in solutions])
+            return vote([solution.boxed_answer for solution in solutions])
         reward = self.solver.pair.reward
         assert reward is not None
         with Runner() as runner:
             ranks = [
                 prod(runner.run(_rewards(reward, item.problem, solution))) for solution in solutions
             ]
-        return solutions[ranks.index(max(ranks))].answer
+        return solutions[ranks.index(max(ranks))].boxed_answer
 
 
 async def _rewards(reward: RewardModel, problem: str, solution: Solution) -> list[float]:

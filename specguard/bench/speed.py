@@ -11,11 +11,12 @@ from statistics import fmean, median
 from typing import Any
 
 from specguard.bench.costs import Costs, Prefill, ideal_seconds, speed_up, speed_up_with_prefill
-from specguard.bench.metered import Clock, Metered
+from specguard.bench.metered import Metered
 from specguard.bench.timing import Key, Timings, walk
 from specguard.core import GREEDY, Solver
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.runner import Runner
+from specguard.costs.side import Clock
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,14 +40,30 @@ def wilson(num_right: int, count: int) -> tuple[float, float]:
 def accuracy_interval(outcomes: Sequence[tuple[Hashable, bool]]) -> tuple[float, float]:
     """95% interval of the share that is right, of outcomes by problem.
 
-    Wilson's where every problem was solved once; over several seeds, whose outcomes depend on one
-    another, problems are drawn.
+    Wilson's where every problem was solved once. Over several seeds, whose outcomes depend on one
+    another, it is that of as many independent outcomes as would vary so much; and of as many as
+    there are problems, where none differs from another: a few that agree prove little.
     """
-    problems = [problem for problem, _ in outcomes]
-    is_right = np.array([right for _, right in outcomes])
-    if len(set(problems)) == len(problems):
-        return wilson(int(is_right.sum()), len(outcomes))
-    return interval(lambda rows: float(is_right[rows].mean()), problems)
+    by_problem: dict[Hashable, list[bool]] = {}
+    for problem, is_right in outcomes:
+        by_problem.setdefault(problem, []).append(is_right)
+    groups, count = list(by_problem.values()), len(outcomes)
+    num_right = sum(map(sum, groups))
+    if len(groups) == count:
+        return wilson(num_right, count)
+    share = num_right / count
+    deviations = np.array([sum(group) - share * len(group) for group in groups])
+    variance = float((deviations**2).sum()) / count**2 * len(groups) / max(1, len(groups) - 1)
+    alike = share * (1 - share) / variance if variance > 0 else len(groups)
+    return _wilson(share, min(count, alike))
+
+
+def _wilson(share: float, size: float, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's interval where the size of the sample is no whole number."""
+    middle = share + z * z / (2 * size)
+    half = z * np.sqrt(share * (1 - share) / size + (z / (2 * size)) ** 2)
+    scale = 1 + z * z / size
+    return float(max(0.0, (middle - half) / scale)), float(min(1.0, (middle + half) / scale))
 
 
 def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:

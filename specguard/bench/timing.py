@@ -8,24 +8,19 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from statistics import fmean, median
 from typing import TypeVar
 
-import numpy as np
-
-from specguard.bench.metered import Clock
 from specguard.core import (
     GREEDY,
     Boundary,
     Candidate,
     Capture,
     Engine,
-    GenerateJob,
     Prompt,
     Sampling,
-    ScoreJob,
     SolveConfig,
 )
 from specguard.core.config import TARGET_SELECTOR
-from specguard.core.grounding import source_mask
 from specguard.core.selector import distinct
+from specguard.costs.side import Clock, Side
 
 NUM_ROUNDS = 3  # of a timing that can be taken again; the median counts
 _FEW = 8  # tokens of a turn that only comes between
@@ -123,55 +118,23 @@ async def walk(
             side.add_decode_steps()
     finally:
         for side in sides:
-            side.engine.release(side)
+            side.release()
     return timings
 
 
-class _Side:
-    """One engine and the text so far."""
+class _Side(Side):
+    """One side of the pair, and what it takes."""
 
     def __init__(self, role: str, engine: Engine, prompt: Prompt, timings: Timings) -> None:
-        self.role, self.engine, self.prompt, self.timings = role, engine, prompt, timings
-        self.token_ids = prompt.token_ids
+        super().__init__(engine, prompt)
+        self.role, self.timings = role, timings
         self.before_timing: Callable[[], Awaitable[None]] | None = None  # the other model's turn
         self._decode_steps: dict[int, list[float]] = {}
-
-    @property
-    def room(self) -> int:
-        """Tokens that there is room for."""
-        return self.engine.context_limit - len(self.token_ids)
-
-    async def generate(self, count: int, sampling: Sampling, boundary: Boundary) -> list[Candidate]:
-        seed = len(self.token_ids)
-        shape = count, boundary.max_tokens
-        draws = np.random.default_rng(seed).random(shape, dtype=np.float32)
-        job = GenerateJob(
-            key=self,
-            prefix=self.token_ids,
-            sampling=sampling,
-            boundary=boundary,
-            num_candidates=count,
-            seed=seed,
-            uniforms=draws,
-            hidden_states=count > 1 and "hidden states" in self.engine.features,
-        )
-        return await self.engine.generate(job)
-
-    async def score(
-        self, continuations: list[tuple[int, ...]], capture: Capture | None = None
-    ) -> None:
-        job = ScoreJob(
-            key=self,
-            prefix=self.token_ids,
-            continuations=tuple(continuations),
-            capture=capture,
-        )
-        await self.engine.score(job)
 
     async def draw(self) -> None:
         """Work of a draft's kind: a few decode steps."""
         if self.room:
-            await self.generate(1, GREEDY, Boundary("", frozenset(), min(_FEW, self.room)))
+            await self.write(1, GREEDY, min(_FEW, self.room))
 
     async def read_a_little(self) -> None:
         """Work of a verifier's kind: a pass over a few tokens."""
@@ -184,19 +147,16 @@ class _Side:
         return await self.timings.timed(work)
 
     async def time_prefill(self) -> None:
-        first = Boundary("", frozenset(), 1)
-        seconds, _ = await self.timings.timed(self.generate(1, GREEDY, first))
+        seconds, _ = await self.timings.timed(self.write(1, GREEDY, 1))
         self.timings.add((self.role, "prefill", 1), seconds, len(self.token_ids))
 
     async def time_decode(
         self, count: int, sampling: Sampling, num_tokens: int, takes_turns: bool = True
     ) -> None:
         timed = self._timed if takes_turns else self.timings.timed
-        none: frozenset[int] = frozenset()
-        short, long = Boundary("", none, 1), Boundary("", none, num_tokens)
         for _ in range(NUM_ROUNDS):
-            whole, _ = await timed(self.generate(count, sampling, long))
-            first, _ = await self.timings.timed(self.generate(count, sampling, short))
+            whole, _ = await timed(self.write(count, sampling, num_tokens))
+            first, _ = await self.timings.timed(self.write(count, sampling, 1))
             self._decode_steps.setdefault(count, []).append((whole - first) / (num_tokens - 1))
 
     def add_decode_steps(self) -> None:
@@ -222,11 +182,6 @@ class _Side:
         if "attention" in self.engine.features:
             await self._time_scoring("read captured", 1, [token_ids], self.capture(config))
         await self._time_scoring("read", 1, [token_ids])
-
-    def capture(self, config: SolveConfig) -> Capture:
-        verifier = config.verifier
-        is_source = source_mask(self.prompt, len(self.token_ids), verifier.sources)
-        return Capture(is_source, verifier.num_layers, verifier.epsilon)
 
     async def _time_scoring(
         self,

@@ -21,6 +21,7 @@ Array = NDArray[np.floating[Any]]
 Signals = dict[str, Array]  # values [n] by name
 
 MIN_OF_EACH = 10  # right and wrong steps without which nothing is fitted
+_LOG_PROBS = ("log_prob_sum", "log_prob_mean", "log_prob_numbers", "log_prob")
 _LOWER_IS_BETTER = ("entropy_mean", "entropy_max", "sink_mass")
 _NUM_FOLDS = 5
 
@@ -50,9 +51,10 @@ def fit(
 ) -> Fit:
     """Fit bounds and weights to labelled steps, and the threshold to a wanted trade-off.
 
-    Bounds are the 5% and 95% quantiles of each signal. ``beta`` chooses the weight between
-    log-probability and grounding by AUC; ``logistic`` weighs every signal by a logistic regression
-    on the normalised scores, signals that speak against a step being right left out.
+    Bounds are the 5% and 95% quantiles of each signal. ``beta`` chooses a reduction of the
+    log-probabilities and the weight between it and grounding by AUC; ``logistic`` weighs every
+    signal by a logistic regression on the normalised scores, signals that speak against a step
+    being right left out.
 
     Args:
         rows: steps with "problem", "is_right" and "signals".
@@ -161,16 +163,20 @@ def _inputs(signals: Signals, verifier: VerifierConfig, kind: Kind) -> Array:
 
 
 def _best_beta(scores: dict[str, Array], labels: NDArray[np.bool_]) -> dict[str, float]:
-    if "grounding" not in scores:
-        return ensemble_weights(1.0)
-    betas = np.round(np.linspace(0, 1, 11), 1)
-    areas = [
-        roc_auc_score(labels, beta * scores["log_prob"] + (1 - beta) * scores["grounding"])
-        for beta in betas
-    ]
-    # Of equal ones the larger: log-probability asks for no captured attention.
-    best = max(range(len(betas)), key=lambda index: (round(areas[index], 6), betas[index]))
-    return ensemble_weights(float(betas[best]))
+    """Weights of one reduction of the log-probabilities and of grounding."""
+    betas = np.round(np.linspace(0, 1, 11), 1) if "grounding" in scores else (1.0,)
+    names = [name for name in _LOG_PROBS if name in scores]
+    none = np.zeros(len(labels))
+
+    def area(choice: tuple[str, float]) -> tuple[float, float]:
+        name, beta = choice
+        ensemble = beta * scores[name] + (1 - beta) * scores.get("grounding", none)
+        # Of equal ones the larger beta: log-probability asks for no captured attention.
+        return round(float(roc_auc_score(labels, ensemble)), 6), beta
+
+    name, beta = max(((name, float(beta)) for name in names for beta in betas), key=area)
+    weights = ensemble_weights(beta)
+    return {name if signal == "log_prob" else signal: w for signal, w in weights.items()}
 
 
 def _logistic(scores: dict[str, Array], labels: NDArray[np.bool_]) -> dict[str, float]:
@@ -181,7 +187,7 @@ def _logistic(scores: dict[str, Array], labels: NDArray[np.bool_]) -> dict[str, 
         if (found > 0).all() or len(names) == 1:
             break
         names = [name for name, weight in zip(names, found, strict=True) if weight > 0] or [
-            "log_prob"
+            next(name for name in _LOG_PROBS if name in scores)
         ]
     if len(names) == 1:
         return {names[0]: 1.0}

@@ -25,7 +25,7 @@ def label_steps(solver: Solver, item: Item, grader: Grader) -> list[dict[str, An
     Nothing comes of a problem that the target does not solve: what is right there is not known.
     """
     solution = solver.solve(item.problem, method="target", sampling=GREEDY)
-    if not grader.grade(solution.answer, item.answer).is_right:
+    if not grader.grade(solution.boxed_answer, item.answer).is_right:
         return []
     assert solver.target is not None
     encode = solver.target.tokenizer.encode
@@ -72,7 +72,8 @@ async def _judged_step(
         capture = context.capture(config.verifier)
         [seen] = await context.score(config.verifier.model, [selected.token_ids], capture)
         consistency = selection.similarities[selection.index]
-        return selected.text, dict(verify(seen, capture, consistency, config.verifier).signals)
+        verdict = verify(seen, capture, consistency, context.pieces_of(selected), config.verifier)
+        return selected.text, dict(verdict.signals)
     finally:
         context.release()
 
@@ -82,13 +83,13 @@ async def _answer_from(solver: Solver, problem: str, start: list[int]) -> str | 
     context = _context(solver, problem, start)
     text = context.tokenizer.decode(start)
     try:
-        while final_answer(text) is None and context.room > 0:
+        while final_answer(context.said(text) or "") is None and context.room > 0:
             [step] = await context.generate("target", GREEDY)
             context.append(step.token_ids)
             context.step += 1
             text = context.tokenizer.decode(context.token_ids[len(context.prompt.token_ids) :])
-            if step.finish == "eos" or context.step >= solver.config.max_steps:
+            if step.finish == "eos" or context.step == solver.config.max_steps:
                 break
     finally:
         context.release()
-    return final_answer(text)
+    return final_answer(context.said(text) or "")

@@ -22,6 +22,7 @@ from specguard.core.fallback import DraftCost
 from specguard.core.loop import Solving
 from specguard.core.many import Finished, Task, solve_many, solve_many_async
 from specguard.core.pairing import Pair
+from specguard.core.progress import PhaseBegan, Progress, TokensDrawn
 from specguard.core.records import Solution, Stats, StepRecord
 from specguard.core.reward import RewardModel
 from specguard.core.solver import Solver, StepStream
@@ -41,7 +42,9 @@ __all__ = [
     "GenerateJob",
     "Observation",
     "Pair",
+    "PhaseBegan",
     "PieceTable",
+    "Progress",
     "Prompt",
     "RewardModel",
     "Sampling",
@@ -57,6 +60,7 @@ __all__ = [
     "StepStream",
     "Task",
     "Tokenizer",
+    "TokensDrawn",
     "UsageError",
     "VerifierConfig",
     "ensemble_weights",

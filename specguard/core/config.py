@@ -1,10 +1,11 @@
 """Settings of a solution, as frozen dataclasses that refuse values that can never work."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from specguard.core.checks import check_types
 from specguard.core.engine import GREEDY, Sampling
 from specguard.core.errors import UsageError
 from specguard.core.fallback import DraftCost
@@ -12,14 +13,18 @@ from specguard.core.fallback import DraftCost
 Method = Literal["specguard", "rsd", "target", "draft", "sd"]
 Author = Literal["draft", "target"]
 Sources = Literal["problem", "context"]
+RewriteFrom = Literal["start", "doubt"]
 
 # Signals that a verifier can weigh. Bounds are (value that scores 0, value that scores 1), so an
 # entropy's run downwards. They hold for a pair without fitted bounds and are meant to err towards
-# the target: a log-probability of -6 is a token that the model gives a chance of 1 in 400.
+# the target: a log-probability of -6 is a token that the model gives a chance of 1 in 400. With the
+# usual threshold a sum passes from -9 on, see docs/measurements.md.
 CONSERVATIVE_BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
     {
         "log_prob": (-6.0, 0.0),
         "log_prob_mean": (-2.0, 0.0),
+        "log_prob_sum": (-30.0, 0.0),
+        "log_prob_numbers": (-6.0, 0.0),
         "entropy_mean": (2.0, 0.0),
         "entropy_max": (4.0, 0.0),
         "sink_mass": (1.0, 0.0),
@@ -53,11 +58,25 @@ def ensemble_weights(beta: float) -> dict[str, float]:
 # parts of it out.
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "paper": {"weights": ensemble_weights(0.3), "threshold": 0.7, "sources": "context"},
+        "paper": {
+            "weights": ensemble_weights(0.3),
+            "threshold": 0.7,
+            "sources": "context",
+            "rewrite_from": "start",
+        },
         "consistency-only": {"weights": {}, "threshold": 0.0},
         "log-prob": {"weights": ensemble_weights(1.0)},
         "grounding": {"weights": ensemble_weights(0.0)},
     }
+)
+USUAL_TOKENS = 2048  # of a solution without thinking
+MAX_CANDIDATES = 4096  # of a step, and tokens guessed ahead; more is a slip of the finger
+# How a model thinks, as the cards of Qwen3 and DeepSeek-R1 ask for it: greedily it would go round
+# in circles.
+THINKING_SAMPLING = Sampling(0.6, 0.95)
+# What the paper proposes and selects from.
+PAPER_CANDIDATES: Mapping[str, Any] = MappingProxyType(
+    {"num_candidates": 16, "sampling": Sampling(0.7, 0.8), "selector": "draft"}
 )
 
 
@@ -66,16 +85,19 @@ class VerifierConfig:
     """Who verifies, by which signals, and from which score on a step is accepted.
 
     ``weights`` of signals sum to 1; without any, every step is accepted unseen (self-consistency
-    only). ``bounds`` override `CONSERVATIVE_BOUNDS` signal by signal. Rollout settings are those
-    of the paper: ``num_layers`` L, ``epsilon``, and ``residual`` r.
+    only). ``bounds`` override `CONSERVATIVE_BOUNDS` signal by signal. Of a rejected step that the
+    target has read, ``rewrite_from`` "doubt" keeps what comes before the token that the target
+    doubts most (see `Observation.doubt`), "start" nothing. Rollout settings are those of the paper:
+    ``num_layers`` L, ``epsilon``, and ``residual`` r.
 
     Raises:
-        UsageError: an unknown name, or a number outside its range.
+        UsageError: an unknown name, a number outside its range, or a value of another type.
     """
 
     model: Author = "target"
-    weights: Mapping[str, float] = field(default_factory=lambda: ensemble_weights(0.3))
+    weights: Mapping[str, float] = field(default_factory=lambda: {"log_prob_sum": 1.0})
     threshold: float = 0.7
+    rewrite_from: RewriteFrom = "doubt"
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     sources: Sources = "problem"
     num_layers: int = 3
@@ -83,10 +105,13 @@ class VerifierConfig:
     residual: float = 0.5
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.model not in ("draft", "target"):
             raise UsageError(f"verifier must be 'draft' or 'target', not {self.model!r}")
         if self.sources not in ("problem", "context"):
             raise UsageError(f"sources must be 'problem' or 'context', not {self.sources!r}")
+        if self.rewrite_from not in ("start", "doubt"):
+            raise UsageError(f"rewrite_from must be 'start' or 'doubt', not {self.rewrite_from!r}")
         for name in (*self.weights, *self.bounds):
             if name not in SIGNALS:
                 known = ", ".join(SIGNALS)
@@ -103,6 +128,10 @@ class VerifierConfig:
                 raise UsageError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
         if self.num_layers < 1:
             raise UsageError(f"num_layers must be at least 1, not {self.num_layers}")
+
+    def asking(self, model: Author) -> "VerifierConfig":
+        """The same with another model's signals; bounds fitted to the first one's are dropped."""
+        return self if model == self.model else replace(self, model=model, bounds={})
 
     def bounds_of(self, signal: str) -> tuple[float, float]:
         """The values that score 0 and 1: fitted ones, else conservative ones.
@@ -148,34 +177,37 @@ class SolveConfig:
     alone while drafting does not pay; None drafts always. ``sampling`` is how steps are proposed
     (plain decoding: written); None means temperature 0.7 and top-p 0.8 for several candidates,
     greedy for one and for plain decoding. ``selector`` names an embedder, whose medoid is kept, or
-    is "target": it reads all candidates in one pass and the best ensemble score is kept. ``detail``
-    keeps every candidate and the token arrays in the step records.
+    is "target": it reads all candidates in one pass and the best ensemble score is kept. Without
+    ``max_tokens`` a solution has `USUAL_TOKENS`, or, where the model thinks before it answers, all
+    that the context window holds; ``max_steps`` None is no limit. ``detail`` keeps every candidate
+    and the token arrays in the step records.
 
     Raises:
-        UsageError: a count below 1, a negative seed, an unknown name, the target as selector where
-            it does not verify.
+        UsageError: a value of another type, a count below 1 or absurdly large, a negative seed, an
+            unknown name, the target as selector where it does not verify.
     """
 
     method: Method = "specguard"
-    num_candidates: int = 16
+    num_candidates: int = 1
     num_first_candidates: int | None = None
     sampling: Sampling | None = None
     rewrite_sampling: Sampling = GREEDY
     num_speculated: int = 4
     reward_threshold: float = 0.7
     draft_cost: DraftCost | None = None
-    selector: str = "draft"
+    selector: str = TARGET_SELECTOR
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     delimiter: str = "\n\n"
     max_step_tokens: int = 256
-    max_tokens: int = 2048
-    max_steps: int = 128
+    max_tokens: int | None = None
+    max_steps: int | None = None
     seed: int = 0
     system_prompt: str | None = None
     thinking: bool = False
     detail: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.method not in get_args(Method):
             known = ", ".join(get_args(Method))
             raise UsageError(f"no method is called {self.method!r}", f"methods: {known}")
@@ -186,8 +218,14 @@ class SolveConfig:
             "max_tokens",
             "max_steps",
         ):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}")
+        for name in ("num_candidates", "num_speculated"):
+            if getattr(self, name) > MAX_CANDIDATES:
+                raise UsageError(
+                    f"{name} must be at most {MAX_CANDIDATES}, not {getattr(self, name)}"
+                )
         first = self.num_first_candidates
         if first is not None and not 2 <= first <= self.num_candidates:
             raise UsageError(
@@ -201,7 +239,8 @@ class SolveConfig:
             # Other characters may be spread over tokens, where no token completes them.
             raise UsageError("the step delimiter must be ASCII text, one character or more")
         if self.selector == TARGET_SELECTOR:
-            if self.verifier.model != "target" or not self.verifier.needs_model:
+            can_select = self.verifier.model == "target" and self.verifier.needs_model
+            if self.num_candidates > 1 and not can_select:
                 raise UsageError(
                     "the target selects by the verifier's score, and this verifier does not ask it",
                     "choose verifier 'target' with a weight on one of its signals, or another "
@@ -220,6 +259,12 @@ class SolveConfig:
         if self.method == "target" or self.method == "draft":
             return (self.method,)
         return "draft", "target"
+
+    def most_tokens(self, window: int, thinks: bool) -> int:
+        """Most tokens of a solution for which the context window has room for ``window``."""
+        if self.max_tokens is None:
+            return window if thinks else min(window, USUAL_TOKENS)
+        return min(window, self.max_tokens)
 
     @property
     def is_stepwise(self) -> bool:

@@ -18,10 +18,14 @@ from specguard.core.engine import (
     Prompt,
     Sampling,
     ScoreJob,
+    Tokenizer,
 )
 from specguard.core.grounding import source_mask
+from specguard.core.progress import Announcer, Observer
 from specguard.core.randomness import Purpose, job_seed, uniforms
-from specguard.core.text import PieceTable
+from specguard.core.text import END_THINK, THINK, PieceTable, after_thinking
+
+_NUM_OPENING = 16  # tokens that show whether a text begins with thinking
 
 
 class ProblemContext:
@@ -37,6 +41,7 @@ class ProblemContext:
         prompt: Prompt,
         problem: int,
         config: SolveConfig,
+        observer: Observer | None = None,
     ) -> None:
         self.engines = engines
         self.prompt = prompt
@@ -50,13 +55,33 @@ class ProblemContext:
         lead = engines.get("target") or engines["draft"]
         self.tokenizer = lead.tokenizer
         self.pieces = PieceTable(lead.tokenizer)
+        self.announcer = Announcer(observer, lead.tokenizer.decode)
         self.context_limit = min(engine.context_limit for engine in engines.values())
+        self._is_opened = opens_thinking(self.tokenizer, prompt)
 
     @property
     def room(self) -> int:
         """Tokens that may still be written."""
-        num_written = len(self.token_ids) - len(self.prompt.token_ids)
-        return min(self.config.max_tokens - num_written, self.context_limit - len(self.token_ids))
+        num_prompt = len(self.prompt.token_ids)
+        num_written = len(self.token_ids) - num_prompt
+        return self.config.most_tokens(self.context_limit - num_prompt, self.thinks) - num_written
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the model thinks before it answers: as it was asked to, or by itself."""
+        if self.config.thinking or self._is_opened:
+            return True
+        start = len(self.prompt.token_ids)
+        opening = self.tokenizer.decode(self.token_ids[start : start + _NUM_OPENING])
+        return after_thinking(opening) != opening
+
+    def said(self, text: str) -> str | None:
+        """What the model says once it has thought, of all that it wrote; None while it thinks."""
+        return after_thinking(THINK + text if self._is_opened else text)
+
+    def pieces_of(self, candidate: Candidate) -> list[str]:
+        """The texts of a candidate's tokens."""
+        return [self.pieces(token_id) for token_id in candidate.token_ids]
 
     def append(self, token_ids: Sequence[int]) -> None:
         """Make tokens part of the text."""
@@ -87,6 +112,7 @@ class ProblemContext:
         purpose = Purpose.DRAFT if author == "draft" else Purpose.REWRITE
         num_drawn = first_candidate + num_candidates
         draws = self.draws(purpose, num_drawn, boundary.max_tokens)[first_candidate:]
+        listener = self.announcer.listener(author, first_candidate)
         job = GenerateJob(
             key=self._keys[author],
             prefix=self.token_ids,
@@ -97,8 +123,12 @@ class ProblemContext:
             uniforms=draws,
             first_candidate=first_candidate,
             hidden_states=embeddings,
+            on_tokens=listener,
         )
-        return await self.run(author, job)
+        candidates = await self.run(author, job)
+        if listener is not None:
+            listener.finish(candidates)
+        return candidates
 
     async def run(self, author: Author, job: GenerateJob) -> list[Candidate]:
         """Hand a job on; the target reads what it does not know of the text on the way."""
@@ -155,3 +185,9 @@ class ProblemContext:
     def _saw(self, length: int) -> None:
         self.num_verified_tokens += max(0, length - self._num_known)
         self._num_known = max(self._num_known, length)
+
+
+def opens_thinking(tokenizer: Tokenizer, prompt: Prompt) -> bool:
+    """Whether the prompt itself, behind the problem, opens the thinking."""
+    tail = tokenizer.decode(prompt.token_ids[prompt.problem_span[1] :])
+    return tail.rfind(THINK) > tail.rfind(END_THINK)

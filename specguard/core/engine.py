@@ -5,19 +5,22 @@ result depends on what it has kept. Everything in `specguard.core` is written ag
 knows no framework, no cache and no other problem.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from specguard.core.checks import check_types
 from specguard.core.errors import UsageError
 
 FloatArray = NDArray[np.floating[Any]]
 BoolArray = NDArray[np.bool_]
 
 CandidateFinish = Literal["delimiter", "eos", "length"]
+# Called with a candidate's index in its job and its new tokens.
+OnTokens = Callable[[int, tuple[int, ...]], None]
 
 # What an engine can do beyond the required. "exact randomness": tokens follow the job's uniforms,
 # so that every such engine draws the same.
@@ -47,6 +50,7 @@ class Sampling:
     top_p: float = 0.8
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.temperature != 0 and not 1e-3 <= self.temperature < float("inf"):
             raise UsageError(
                 f"temperature must be 0 (greedy) or from 0.001 on, not {self.temperature}"
@@ -133,6 +137,9 @@ class GenerateJob:
             further ones, and any of them may be continued.
         hidden_states: whether candidates need an ``embedding``.
         distributions: whether candidates need their ``distributions``.
+        on_tokens: who listens while candidates are drawn. A hint: an engine may call it late, with
+            many tokens or not at all, in the thread of its caller and before the job is done. It
+            never takes tokens back. What a call raises is the outcome of the job.
 
     Raises:
         ValueError: no prefix, no candidates, or uniforms of another shape.
@@ -148,6 +155,7 @@ class GenerateJob:
     first_candidate: int = 0
     hidden_states: bool = False
     distributions: bool = False
+    on_tokens: OnTokens | None = None
 
     def __post_init__(self) -> None:
         _check_prefix(self.prefix)
@@ -236,6 +244,16 @@ class Observation:
         """How many tokens from the beginning on the model would have written itself."""
         others = np.flatnonzero(~self.is_first_choice)
         return int(others[0]) if len(others) else len(self.is_first_choice)
+
+    @property
+    def doubt(self) -> int:
+        """The token that the model finds least probable, of those that it would not have written.
+
+        n where it would have written all n tokens itself.
+        """
+        if self.is_first_choice.all():
+            return len(self.is_first_choice)
+        return int(np.where(self.is_first_choice, np.inf, self.token_logprobs).argmin())
 
 
 class Tokenizer(Protocol):

@@ -1,13 +1,17 @@
-"""When drafting does not pay: from the pair's cost ratio and what was accepted so far.
+"""When drafting does not pay: from what it costs and what was accepted so far.
 
-No clock is read, so that a solution is the same each time and on every machine.
+What it costs is a figure from outside (`specguard.costs` measures it). No clock is read here, so
+that with the same figure a solution is the same each time and on every machine.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
+from math import inf
+from typing import Literal
 
 from specguard.core.errors import UsageError
 
-_NUM_JUDGED = 3  # drafted steps before drafting is judged, and judged anew
+TYPICAL_STEP = 30  # tokens, where no step is known yet
+_CREDIT, _CREDIT_AGAIN = 1.0, 0.5  # steps of the target; the second one is that after a pause
 _FIRST_PAUSE, _LONGEST_PAUSE = 4, 32  # steps that the target writes before drafting is tried again
 
 
@@ -16,62 +20,88 @@ class DraftCost:
     """What drafting costs, in decode steps of the target.
 
     ``candidate`` is a decode step of the draft for one candidate, ``further`` what each further
-    one adds to it; ``verification`` is a pass over a step and what goes with it.
+    one adds to it. Verifying a step costs ``verification``, and ``reading`` more for each token
+    that is read. ``source`` says where the figures are from: "given" by somebody, "measured" on
+    this machine, or taken from the models' "sizes".
 
     Raises:
-        UsageError: a negative cost.
+        UsageError: a cost that is negative or not finite.
     """
 
     candidate: float
     further: float = 0.0
     verification: float = 1.0
+    reading: float = 0.0
+    source: Literal["given", "measured", "sizes"] = field(default="given", kw_only=True)
 
     def __post_init__(self) -> None:
-        if min(self.candidate, self.further, self.verification) < 0:
-            raise UsageError(f"a cost must not be negative: {self}")
+        figures = astuple(self)[:-1]
+        if not all(0 <= figure < inf for figure in figures):
+            raise UsageError(f"a cost must be a number and not negative: {self}")
 
-    def of_step(self, num_candidates: int, num_longest: int) -> float:
-        """Drafting and verifying a step whose longest candidate has ``num_longest`` tokens."""
+    def of_step(self, num_candidates: int, num_longest: int, num_read: int) -> float:
+        """Drafting a step whose longest candidate has ``num_longest`` tokens, and verifying it.
+
+        ``num_read`` tokens are verified, of all the candidates that are.
+        """
         token = self.candidate + self.further * (num_candidates - 1)
-        return token * num_longest + self.verification
+        return token * num_longest + self.verification + self.reading * num_read
+
+    def at_best(self, num_candidates: int, num_verified: int = 1) -> float:
+        """The share of the target's own time that a typical step takes where it is accepted.
+
+        ``num_verified`` of the candidates are verified. From 1 on, drafting cannot pay.
+        """
+        cost = self.of_step(num_candidates, TYPICAL_STEP, num_verified * TYPICAL_STEP)
+        return cost / TYPICAL_STEP
 
 
 class Fallback:
-    """Switches drafting off after steps that cost more than the target's own would have.
+    """Switches drafting off where it costs more than the target's own steps would.
 
-    After a pause it is tried again; pauses double while it does not pay.
+    Drafting has a credit of one step of the target's time. A step that took r times what the target
+    would have taken draws r - 1 on it, or pays 1 - r back. Used up, the target goes on alone for
+    some steps, after which drafting is tried again with half of it; pauses double until the credit
+    is whole. Where drafting could not pay if every step were accepted, it is never begun:
+    ``at_best`` is what it would take then, as a share of the target's own time.
     """
 
-    def __init__(self, cost: DraftCost | None) -> None:
+    def __init__(
+        self, cost: DraftCost | None, num_candidates: int = 1, num_verified: int = 1
+    ) -> None:
         self._cost = cost
-        self._spent = self._saved = 0.0
-        self._num_seen = 0
+        self.at_best = 0.0 if cost is None else cost.at_best(num_candidates, num_verified)
+        self._credit = _CREDIT
         self._num_paused = 0
         self._pause = _FIRST_PAUSE
 
     @property
     def is_on(self) -> bool:
         """Whether the target is to write the next step without a draft."""
-        return self._num_paused > 0
+        return self.at_best >= 1 or self._num_paused > 0
 
     def saw_plain(self) -> None:
         """The target has written a step of the pause."""
-        self._num_paused -= 1
+        self._num_paused = max(0, self._num_paused - 1)
 
     def saw_drafted(
-        self, num_candidates: int, num_longest: int, num_tokens: int, num_rewritten: int
+        self,
+        num_candidates: int,
+        num_longest: int,
+        num_read: int,
+        num_tokens: int,
+        num_rewritten: int,
     ) -> None:
-        """A step of ``num_tokens`` was drafted, ``num_rewritten`` of which the target wrote."""
+        """A step of ``num_tokens`` was drafted, ``num_rewritten`` of which the target wrote.
+
+        The longest of the candidates had ``num_longest`` tokens; ``num_read`` were verified.
+        """
         if self._cost is None:
             return
-        self._spent += self._cost.of_step(num_candidates, num_longest) + num_rewritten
-        self._saved += num_tokens
-        self._num_seen += 1
-        if self._num_seen < _NUM_JUDGED:
-            return
-        if self._spent > self._saved:
+        spent = self._cost.of_step(num_candidates, num_longest, num_read) + num_rewritten
+        self._credit += 1 - spent / num_tokens
+        if self._credit >= _CREDIT:
+            self._credit, self._pause = _CREDIT, _FIRST_PAUSE
+        elif self._credit < 0:
+            self._credit = _CREDIT_AGAIN
             self._num_paused, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
-        else:
-            self._pause = _FIRST_PAUSE
-        self._spent = self._saved = 0.0
-        self._num_seen = 0

@@ -10,12 +10,14 @@ from functools import partial
 
 import numpy as np
 
+from specguard.core.checks import check_problem
 from specguard.core.config import TARGET_SELECTOR, Author, SolveConfig
 from specguard.core.context import ProblemContext
 from specguard.core.engine import Candidate, Capture, FloatArray, Observation, Sampling
-from specguard.core.errors import SpecguardError, UsageError
+from specguard.core.errors import SpecguardError
 from specguard.core.fallback import Fallback
 from specguard.core.pairing import Pair
+from specguard.core.progress import Observer
 from specguard.core.randomness import problem_key
 from specguard.core.recorder import Recorder
 from specguard.core.records import Decision, Solution, StepRecord
@@ -30,19 +32,25 @@ class Solving:
     """One problem on its way to a solution; its steps are iterated over once.
 
     Raises:
-        UsageError: a blank problem.
+        UsageError: a blank problem, or no text at all.
         SpecguardError: the pair lacks what the settings need, or the problem does not fit the
             context window.
     """
 
-    def __init__(self, problem: str, pair: Pair, embed: Embedder, config: SolveConfig) -> None:
+    def __init__(
+        self,
+        problem: str,
+        pair: Pair,
+        embed: Embedder,
+        config: SolveConfig,
+        observer: Observer | None = None,
+    ) -> None:
         engines = pair.engines_for(config)
-        if not problem.strip():
-            raise UsageError("the problem is empty", "give it as an argument, with --file or on -")
+        check_problem(problem)
         lead = engines.get("target") or engines["draft"]
         prompt = lead.tokenizer.encode_prompt(problem, config.system_prompt, config.thinking)
         self.problem, self.config = problem, config
-        self.context = ProblemContext(engines, prompt, problem_key(problem), config)
+        self.context = ProblemContext(engines, prompt, problem_key(problem), config, observer)
         if len(prompt.token_ids) >= self.context.context_limit:
             raise SpecguardError(
                 f"the problem takes {len(prompt.token_ids)} tokens and the context window "
@@ -50,7 +58,7 @@ class Solving:
                 "shorten the problem or choose a pair with a longer context",
             )
         self.recorder = Recorder(problem, self.context)
-        self.fallback = Fallback(config.draft_cost)
+        self.fallback = fallback_for(config)
         self._embed = embed
         self._needs_embeddings = pair.embedder_for(config) == "draft"
         self._reward = pair.reward if config.method == "rsd" else None
@@ -110,8 +118,13 @@ class Solving:
             candidates = [step.candidates[index] for index in alternatives]
             capture, observations = await self._observe(candidates)
             for index, seen in zip(alternatives, observations, strict=True):
-                similarity = selection.similarities[index]
-                step.verdicts[index] = verify(seen, capture, similarity, self.config.verifier)
+                step.verdicts[index] = verify(
+                    seen,
+                    capture,
+                    selection.similarities[index],
+                    self.context.pieces_of(step.candidates[index]),
+                    self.config.verifier,
+                )
             best = best_verdict(step.verdicts)
             step.readings = list(zip(candidates, observations, strict=True))
             step.observation = observations[alternatives.index(best)]
@@ -136,7 +149,8 @@ class Solving:
                 step.observation = seen
                 if verifier.model == "target":
                     step.readings = [(selected, seen)]
-            step.verdict = verify(seen, capture, step.similarity, verifier)
+            pieces = self.context.pieces_of(selected)
+            step.verdict = verify(seen, capture, step.similarity, pieces, verifier)
 
     async def _observe(
         self, candidates: list[Candidate]
@@ -158,6 +172,7 @@ class Solving:
         with self.recorder.phase("rewrite"):
             beginning, is_whole = self._beginning(step)
             self.context.append(beginning.token_ids)
+            self.context.announcer.tokens("target", 0, beginning.token_ids)
             if step.readings:
                 self.context.knows("target")
             written = beginning
@@ -168,16 +183,20 @@ class Solving:
         return self._judged("rewritten", written, step)
 
     def _beginning(self, step: StepState) -> tuple[WrittenStep, bool]:
-        """What a greedy rewrite begins with, and whether that is all of it.
+        """What a rewrite begins with, and whether that is all of it.
 
-        Of what the target has read of the candidates, these are the tokens that it found most
-        probable, one after the other: it would only write them again.
+        What comes before the target's doubt is kept of the selected candidate. Or else, of all that
+        the target has read, these are the tokens that it found most probable, one after the other:
+        a greedy rewrite would only write them again.
         """
-        nothing = WrittenStep((), "length", np.zeros(0), np.zeros(0))
-        if not step.readings or not self.config.rewrite_sampling.is_greedy or is_reference():
-            return nothing, False
-        candidate, seen = max(step.readings, key=lambda reading: reading[1].num_leading_choices)
-        n = seen.num_leading_choices
+        if self.config.verifier.rewrite_from == "doubt" and step.observation and step.readings:
+            candidate, seen = step.selected, step.observation
+            n = seen.doubt
+        elif step.readings and self.config.rewrite_sampling.is_greedy and not is_reference():
+            candidate, seen = max(step.readings, key=lambda reading: reading[1].num_leading_choices)
+            n = seen.num_leading_choices
+        else:
+            return WrittenStep((), "length", np.zeros(0), np.zeros(0)), False
         entropies = seen.token_entropies
         beginning = WrittenStep(
             candidate.token_ids[:n],
@@ -220,10 +239,19 @@ class Solving:
         self.fallback.saw_drafted(
             num_candidates=len(step.candidates),
             num_longest=max(len(candidate.token_ids) for candidate in step.candidates),
+            num_read=sum(len(candidate.token_ids) for candidate in step.verified),
             num_tokens=record.num_tokens,
             num_rewritten=0 if record.is_accepted else record.num_tokens - record.num_reused,
         )
         return record
+
+
+def fallback_for(config: SolveConfig) -> Fallback:
+    """What watches whether drafting pays; plain methods have nothing to fall back from."""
+    num_candidates = config.num_first_candidates or config.num_candidates
+    num_verified = num_candidates if config.selector == TARGET_SELECTOR else 1
+    cost = config.draft_cost if config.is_stepwise else None
+    return Fallback(cost, num_candidates, num_verified)
 
 
 def _own_observation(candidate: Candidate) -> Observation:

@@ -9,7 +9,9 @@ from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from specguard.core.checks import check_problem
 from specguard.core.config import SolveConfig
+from specguard.core.context import opens_thinking
 from specguard.core.engine import Engine
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.records import Solution
@@ -59,7 +61,7 @@ def solve_many(
         changes: to the solver's settings, for all of them.
 
     Raises:
-        UsageError: a batch size below 1, a single text, or a setting that `SolveConfig` refuses.
+        UsageError: a batch size below 1, no list of texts, or a setting that `SolveConfig` refuses.
     """
     return drain(
         solve_many_async(
@@ -77,10 +79,14 @@ def solve_many_async(
     **changes: Any,
 ) -> AsyncGenerator[Finished]:
     """`solve_many` in an event loop."""
-    if batch_size < 1:
-        raise UsageError(f"batch_size must be at least 1, not {batch_size}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, not {batch_size!r}")
+    if not isinstance(solver, Solver):
+        raise UsageError(f"a solver is needed, not {type(solver).__name__}", "specguard.load()")
     if isinstance(problems, str):
         raise UsageError("problems are a list of texts, not one", "for one: solver.solve(text)")
+    if not isinstance(problems, Iterable):
+        raise UsageError(f"problems are a list of texts, not {type(problems).__name__}")
     solver.configured(**changes)
     tasks = (
         Task(task.problem, {**changes, **task.changes})
@@ -138,6 +144,7 @@ def _most_bytes(solver: Solver, task: Task, budget: int | None) -> int:
     if budget is None:
         return 0
     config = solver.configured(**task.changes)
+    check_problem(task.problem)
     engines = solver.pair.engines_for(config).values()
     needed = sum(_most_bytes_of(engine, task.problem, config) for engine in engines)
     if needed > budget:
@@ -150,6 +157,8 @@ def _most_bytes(solver: Solver, task: Task, budget: int | None) -> int:
 
 def _most_bytes_of(engine: Engine, problem: str, config: SolveConfig) -> int:
     prompt = engine.tokenizer.encode_prompt(problem, config.system_prompt, config.thinking)
-    num_held = min(len(prompt.token_ids) + config.max_tokens, engine.context_limit)
+    num_prompt = len(prompt.token_ids)
+    thinks = config.thinking or opens_thinking(engine.tokenizer, prompt)
+    num_held = num_prompt + config.most_tokens(engine.context_limit - num_prompt, thinks)
     num_drafted = config.num_candidates * config.max_step_tokens if config.is_stepwise else 0
     return _BYTES_PER_BYTE * (num_held + num_drafted) * engine.num_bytes_per_token

@@ -3,6 +3,7 @@
 What an engine lacks is found here, before the first step, and nowhere else.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from specguard.core.config import TARGET_SELECTOR, Author, SolveConfig, ensemble_weights
@@ -83,16 +84,20 @@ class Pair:
         has_states = self.draft is None or "hidden states" in self.draft.features
         return "draft" if has_states else "ngram"
 
-    def degraded(self, config: SolveConfig) -> tuple[SolveConfig, list[str]]:
+    def degraded(
+        self, config: SolveConfig, chosen: Collection[str] = ()
+    ) -> tuple[SolveConfig, list[str]]:
         """Settings that nobody chose, changed to what these engines can do, and what was changed.
 
         Without attention, the log-probability alone verifies; without hidden states, the selector
-        is ``ngram``.
+        is ``ngram``. The "weights" of the verifier and the "selector" stay where they are
+        ``chosen``.
         """
         notes = []
         verifying = self.draft if config.verifier.model == "draft" else self.target
         if (
             config.method == "specguard"
+            and "weights" not in chosen
             and verifying is not None
             and config.verifier.needs_attention
             and "attention" not in verifying.features
@@ -102,6 +107,7 @@ class Pair:
             notes.append(f"verified by log-probability alone: {_lack(verifying, 'attention')}")
         if (
             self.draft is not None
+            and "selector" not in chosen
             and self.embedder_for(config) == "draft"
             and "hidden states" not in self.draft.features
         ):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from specguard.core.config import Author
 from specguard.core.context import ProblemContext
 from specguard.core.records import (
+    AnswerSource,
     CandidateRecord,
     Decision,
     FinishReason,
@@ -17,9 +18,12 @@ from specguard.core.records import (
     summarise,
 )
 from specguard.core.step import StepState, WrittenStep
-from specguard.core.text import final_answer, is_looping
+from specguard.core.text import final_answer, last_paragraph, loop_length
 
 MAX_LOOP_PERIOD, NUM_LOOP_ROUNDS = 4, 3  # steps: the same four or fewer, three times over
+# Thinking says "Wait," and checks again and again; its loops are of any length. Whatever it says
+# this often, and with so many tokens in all, leads nowhere.
+MAX_THINKING_PERIOD, NUM_THINKING_ROUNDS, NUM_THINKING_TOKENS = 64, 4, 256
 MAX_TOKEN_PERIOD, NUM_TOKEN_ROUNDS = 16, 8  # tokens within one step that hit its cap
 
 
@@ -31,6 +35,7 @@ class Recorder:
         self.steps: list[StepRecord] = []
         self.finish_reason: FinishReason | None = None
         self._text = ""
+        self._texts: list[str] = []  # of the steps, without the blanks around them
         self._cut_ids: list[int] = []  # tokens since the last step that ended by itself
         self._cut_text = ""
         self._seconds: dict[Phase, float] = {}
@@ -43,6 +48,7 @@ class Recorder:
         started = time.perf_counter()
         if self._started is None:
             self._started = started
+        self._context.announcer.phase(phase)
         try:
             yield
         finally:
@@ -85,7 +91,9 @@ class Recorder:
         self._seconds = {}
         self.steps.append(made)
         self._context.step = len(self.steps)
+        self._context.announcer.begin_step(len(self.steps), self._cut_ids)
         self._text += text
+        self._texts.append(text.strip())
         self.finish_reason = self._finish_reason(written)
         if self._started is not None:
             self._total = time.perf_counter() - self._started
@@ -96,9 +104,11 @@ class Recorder:
         assert self.finish_reason is not None
         context = self._context
         names = {author: engine.name for author, engine in context.engines.items()}
+        answer, answer_source = self._answer()
         return Solution(
             problem=self._problem,
-            answer=final_answer(self._text),
+            answer=answer,
+            answer_source=answer_source,
             text=self._text,
             finish_reason=self.finish_reason,
             steps=tuple(self.steps),
@@ -121,6 +131,15 @@ class Recorder:
     def _threshold(self) -> float:
         is_rsd = self._config.method == "rsd"
         return self._config.reward_threshold if is_rsd else self._config.verifier.threshold
+
+    def _answer(self) -> tuple[str | None, AnswerSource | None]:
+        """What is boxed, or else what the model ended with, if it came to an end."""
+        said = self._context.said(self._text) or ""
+        boxed = final_answer(said)
+        if boxed is not None:
+            return boxed, "box"
+        ending = last_paragraph(said) if self.finish_reason == "eos" else None
+        return ending, None if ending is None else "text"
 
     def _text_of(self, written: WrittenStep) -> str:
         """The step's text; after a cut it is read on from there, a character may span the two."""
@@ -172,16 +191,28 @@ class Recorder:
         )
 
     def _finish_reason(self, written: WrittenStep) -> FinishReason | None:
-        if final_answer(self._text) is not None:
+        said = self._context.said(self._text)
+        if said is not None and final_answer(said) is not None:
             return "answer"
         if written.finish == "eos":
             return "eos"
-        tail = [step.text.strip() for step in self.steps[-MAX_LOOP_PERIOD * NUM_LOOP_ROUNDS :]]
-        if is_looping(tail, MAX_LOOP_PERIOD, NUM_LOOP_ROUNDS) or (
-            written.finish == "length"
-            and is_looping(written.token_ids, MAX_TOKEN_PERIOD, NUM_TOKEN_ROUNDS)
-        ):
+        if self._is_looping(written, is_thinking=said is None):
             return "repetition"
-        if self._context.room < 1 or len(self.steps) >= self._config.max_steps:
+        max_steps = self._config.max_steps
+        if self._context.room < 1 or (max_steps is not None and len(self.steps) >= max_steps):
             return "length"
         return None
+
+    def _is_looping(self, written: WrittenStep, is_thinking: bool) -> bool:
+        """Whether the text goes round in circles, by its last steps or within one without end."""
+        token_ids = written.token_ids
+        if written.finish == "length":
+            length = loop_length(token_ids, MAX_TOKEN_PERIOD, NUM_TOKEN_ROUNDS)
+            # A row of equal digits is none yet, where a model thinks aloud.
+            if length > (len(token_ids) // 2 if is_thinking else 0):
+                return True
+        if not is_thinking:
+            return loop_length(self._texts, MAX_LOOP_PERIOD, NUM_LOOP_ROUNDS) > 0
+        length = loop_length(self._texts, MAX_THINKING_PERIOD, NUM_THINKING_ROUNDS)
+        num_tokens = sum(step.num_tokens for step in self.steps[len(self.steps) - length :])
+        return num_tokens >= NUM_THINKING_TOKENS

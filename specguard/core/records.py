@@ -17,6 +17,7 @@ DOCUMENTED_SCORES = ("log_prob", "grounding", "ensemble")
 
 FinishReason = Literal["answer", "eos", "length", "repetition"]
 Decision = Literal["accepted", "rewritten", "plain"]
+AnswerSource = Literal["box", "text"]
 Phase = Literal["propose", "select", "verify", "commit", "rewrite"]
 
 
@@ -123,7 +124,10 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    r"""A solved problem; ``answer`` is the content of the last balanced ``\boxed{}``, or None.
+    r"""A solved problem; ``answer`` is the content of the last balanced ``\boxed{}``.
+
+    Where nothing is boxed in a text that the model ended itself, it is the last paragraph, and
+    ``answer_source`` is "text". Both are None where there is no answer.
 
     ``is_reproducible`` says whether other engines of the same models, too, draw the same by the
     same seed; else it is passed on to an engine that has a randomness of its own.
@@ -131,6 +135,7 @@ class Solution:
 
     problem: str
     answer: str | None
+    answer_source: AnswerSource | None
     text: str
     finish_reason: FinishReason
     steps: tuple[StepRecord, ...]
@@ -141,6 +146,16 @@ class Solution:
     is_calibrated: bool
     is_reproducible: bool = True
     schema_version: int = field(default=SCHEMA_VERSION)
+
+    @property
+    def boxed_answer(self) -> str | None:
+        """The answer, if it was boxed."""
+        return self.answer if self.answer_source == "box" else None
+
+    @property
+    def num_drafted_steps(self) -> int:
+        """Steps that the draft proposed and something judged; the others are plain."""
+        return sum(step.decision != "plain" for step in self.steps)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; each step also says ``accepted``."""
@@ -167,6 +182,8 @@ class Solution:
                 f"a solution of schema version {version} cannot be read",
                 f"this version of specguard reads schema version {SCHEMA_VERSION}",
             )
+        if "answer_source" not in data:  # older ones know boxed answers only
+            data = {**data, "answer_source": None if data.get("answer") is None else "box"}
         try:
             return _converter.structure(data, cls)
         except Exception as error:
@@ -190,10 +207,12 @@ class Solution:
 
 
 def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:
-    """Rewrites by token-level speculation are gone; everything else has stayed."""
+    """Rewrites by token-level speculation are gone, and all others were from the start."""
     config = data.get("config")
     if isinstance(config, dict):
         config = {name: value for name, value in config.items() if name != "rewrite"}
+        if isinstance(config.get("verifier"), dict):
+            config["verifier"] = {"rewrite_from": "start", **config["verifier"]}
     return {**data, "config": config, "schema_version": SCHEMA_VERSION}
 
 

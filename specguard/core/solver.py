@@ -10,6 +10,7 @@ from specguard.core.engine import Engine
 from specguard.core.errors import UsageError
 from specguard.core.loop import Solving
 from specguard.core.pairing import Pair
+from specguard.core.progress import Observer
 from specguard.core.records import Solution, StepRecord
 from specguard.core.reward import RewardModel
 from specguard.core.runner import drain
@@ -49,8 +50,8 @@ class StepStream(Iterator[StepRecord]):
 class Solver:
     """Solves problems with a draft and a target; a plain method needs one of them only.
 
-    ``reward`` judges the draft's steps in method "rsd". Without a ``config``, the usual one is
-    changed to what the engines can do; ``notes`` say in what.
+    ``reward`` judges the draft's steps in method "rsd". ``notes`` are what a user should know of
+    how the pair was put together.
 
     Raises:
         SpecguardError: the two models map text to different token ids.
@@ -65,9 +66,7 @@ class Solver:
     ) -> None:
         self.pair = Pair(draft, target, reward)
         self.notes: list[str] = []
-        if config is None:
-            config, self.notes = self.pair.degraded(SolveConfig())
-        self.config = config
+        self.config = config or SolveConfig()
         self._embedders: dict[str, Embedder] = {}
 
     @property
@@ -80,33 +79,43 @@ class Solver:
         """The engine that verifies and rewrites."""
         return self.pair.target
 
-    def begin(self, problem: str, **changes: Any) -> Solving:
+    def begin(
+        self, problem: str, *, on_progress: Observer | None = None, **changes: Any
+    ) -> Solving:
         """One problem, to be solved by iterating over its ``steps()`` in an event loop.
 
-        ``changes`` replace fields of the solver's `SolveConfig` for this problem.
+        ``on_progress`` is called with every `Progress` event, in the thread that does the work; an
+        exception that it raises ends the problem. ``changes`` replace fields of the solver's
+        `SolveConfig` for this problem.
 
         Raises:
             UsageError: a change that `SolveConfig` refuses, or a blank problem.
             SpecguardError: what `Solving` raises, or the selector's package is not installed.
         """
         config = self.configured(**changes)
-        return Solving(problem, self.pair, self.embedder(config), config)
+        return Solving(problem, self.pair, self.embedder(config), config, on_progress)
 
-    def stream(self, problem: str, **changes: Any) -> StepStream:
+    def stream(
+        self, problem: str, *, on_progress: Observer | None = None, **changes: Any
+    ) -> StepStream:
         """Iterate over the steps of a solution while it is made; arguments as in `begin`."""
-        return StepStream(self.begin(problem, **changes))
+        return StepStream(self.begin(problem, on_progress=on_progress, **changes))
 
-    def solve(self, problem: str, **changes: Any) -> Solution:
+    def solve(
+        self, problem: str, *, on_progress: Observer | None = None, **changes: Any
+    ) -> Solution:
         """The solution of a problem; arguments and errors as in `begin`."""
-        with self.stream(problem, **changes) as steps:
+        with self.stream(problem, on_progress=on_progress, **changes) as steps:
             for _ in steps:
                 pass
         assert steps.solution is not None
         return steps.solution
 
-    async def solve_async(self, problem: str, **changes: Any) -> Solution:
+    async def solve_async(
+        self, problem: str, *, on_progress: Observer | None = None, **changes: Any
+    ) -> Solution:
         """`solve` in an event loop; many at once share the engines' passes."""
-        solving = self.begin(problem, **changes)
+        solving = self.begin(problem, on_progress=on_progress, **changes)
         async for _ in solving.steps():
             pass
         return solving.solution()

@@ -63,6 +63,7 @@ async def write_by_guesses(context: ProblemContext, sampling: Sampling) -> Writt
                 break
         num_kept += min(num_accepted, len(token_ids) - first)
         context.append(token_ids[first:])
+        context.announcer.tokens("target", 0, token_ids[first:])
         context.knows("target")
     return WrittenStep(tuple(token_ids), finish, num_guessed=num_guessed, num_kept=num_kept)
 

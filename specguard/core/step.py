@@ -31,6 +31,11 @@ class StepState:
         return self.candidates[self.selection.index]
 
     @property
+    def verified(self) -> list[Candidate]:
+        """The candidates that were judged: what the target has read of them, or the selected."""
+        return [candidate for candidate, _ in self.readings] or [self.selected]
+
+    @property
     def similarity(self) -> float:
         """Of the selected candidate to the others."""
         assert self.selection is not None

@@ -5,7 +5,9 @@ from collections.abc import Callable, Hashable, Sequence
 
 from specguard.core.engine import Boundary, CandidateFinish, Tokenizer
 
+THINK, END_THINK = "<think>", "</think>"
 _BOX = "\\boxed{"
+_OPENING = re.compile(rf"\s*{THINK}")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is a character, not a group
 
 
@@ -87,13 +89,34 @@ def final_answer(text: str) -> str | None:
     return None
 
 
-def is_looping(items: Sequence[Hashable], max_period: int, num_rounds: int) -> bool:
-    """Whether the tail repeats itself ``num_rounds`` times with a period up to ``max_period``."""
+def last_paragraph(text: str) -> str | None:
+    """What stands behind the last blank line, without the blanks around it; None for no text."""
+    return re.split(r"\n\s*\n", text.strip())[-1].strip() or None
+
+
+def after_thinking(text: str) -> str | None:
+    """What follows the thinking that a text begins with; None while that lasts.
+
+    All of a text that begins otherwise.
+    """
+    if not _OPENING.match(text):
+        return text
+    _, end, rest = text.partition(END_THINK)
+    return rest if end else None
+
+
+def loop_length(items: Sequence[Hashable], max_period: int, num_rounds: int) -> int:
+    """How many items at the end repeat themselves, with a period up to ``max_period``.
+
+    0 where they do so fewer than ``num_rounds`` times.
+    """
+    longest = 0
     for period in range(1, max_period + 1):
-        length = period * num_rounds
-        if length > len(items):
-            return False
-        tail = list(items[-length:])
-        if tail[period:] == tail[:-period]:
-            return True
-    return False
+        if period * num_rounds > len(items):
+            break
+        length = period
+        while length < len(items) and items[-length - 1] == items[period - length - 1]:
+            length += 1
+        if length >= period * num_rounds:
+            longest = max(longest, length)
+    return longest

@@ -1,6 +1,7 @@
 """The ensemble verifier: signals of a step, their normalised scores, and the decision."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,8 @@ import numpy as np
 from specguard.core.config import REWARD, VerifierConfig
 from specguard.core.engine import Capture, FloatArray, Observation
 from specguard.core.grounding import grounding
+
+_NUMBER = re.compile(r"[\d=+\-*/×÷]")  # noqa: RUF001
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +27,22 @@ def verify(
     observation: Observation,
     capture: Capture | None,
     consistency: float,
+    pieces: Sequence[str],
     config: VerifierConfig,
 ) -> Verdict:
     """Judge a step by the weighted sum of its normalised signals (paper, ensemble verification).
 
     ``scores["ensemble"]`` is the sum, 1 where nothing is weighed; a step passes from the threshold
     on. ``capture`` is what the observation's attention was read with, None where it was not.
+    ``pieces`` are the texts of the n tokens: those with a digit or an operator are numbers.
     """
+    logprobs = observation.token_logprobs
+    is_number = np.array([bool(_NUMBER.search(piece)) for piece in pieces], dtype=np.bool_)
     signals = {
-        "log_prob": float(observation.token_logprobs.min()),
-        "log_prob_mean": float(observation.token_logprobs.mean()),
+        "log_prob": float(logprobs.min()),
+        "log_prob_mean": float(logprobs.mean()),
+        "log_prob_sum": float(logprobs.sum()),
+        "log_prob_numbers": float(logprobs[is_number].min(initial=0.0)),
     }
     if observation.token_entropies is not None:
         signals["entropy_mean"] = float(observation.token_entropies.mean())

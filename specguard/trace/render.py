@@ -8,18 +8,31 @@ from importlib.resources import files
 
 import jinja2
 
-from specguard.core.config import REWARD, SIGNALS, VerifierConfig
+from specguard.core.config import REWARD, SIGNALS, SolveConfig, VerifierConfig
 from specguard.core.records import CandidateRecord, Solution, StepRecord, TokenArrays
+from specguard.wording import (
+    acceptance,
+    decisive,
+    is_same_text,
+    is_telling,
+    label,
+    no_answer,
+    spoken,
+    verdict,
+)
 
 _COLDEST_LOGPROB = -4.0  # nats; a token that the model gives 2% or less is as hot as it gets
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A signal of a step: its raw value, its score in [0, 1], and its weight in the ensemble."""
+    """A signal of a step: its raw value, its score in [0, 1], and its weight in the ensemble.
+
+    The ensemble's own has no raw value.
+    """
 
     name: str
-    value: float
+    value: float | None
     score: float
     weight: float
 
@@ -44,12 +57,14 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the page shows of a step."""
+    """What the page shows of a step; ``decisive`` is what was compared with the threshold."""
 
     record: StepRecord
     label: str
+    verdict: str
     text: str
     draft_text: str | None
+    decisive: Bar | None
     bars: tuple[Bar, ...]
     candidates: tuple[Candidate, ...]
     heats: tuple[tuple[str, tuple[Token, ...]], ...]
@@ -76,36 +91,54 @@ def render(solution: Solution) -> str:
         solution=solution,
         verifier=verifier,
         style=here.joinpath("style.css").read_text("utf-8"),
-        steps=[_step(step, verifier) for step in solution.steps],
+        steps=[_step(step, solution.config) for step in solution.steps],
+        ending=_ending(solution),
+        acceptance=acceptance(solution),
         phases=_phases(solution),
         has_detail=any(step.tokens is not None for step in solution.steps),
     )
 
 
-def _step(record: StepRecord, verifier: VerifierConfig) -> Step:
-    labels = {"accepted": "draft, accepted", "rewritten": "target, rewritten"}
+def _ending(solution: Solution) -> str:
+    if solution.answer is None:
+        return no_answer(solution)[0]
+    marked = "last text, no box; " if solution.answer_source == "text" else ""
+    return f"{marked}finished by {solution.finish_reason}"
+
+
+def _step(record: StepRecord, config: SolveConfig) -> Step:
+    draft_text = None
+    if record.draft_text is not None and not is_same_text(record):
+        draft_text = record.draft_text.strip()
+    bars = [
+        Bar(
+            spoken(name),
+            record.signals[name],
+            record.scores[name],
+            1.0 if name == REWARD else config.verifier.weights.get(name, 0.0),
+        )
+        for name in (REWARD, *SIGNALS)
+        if name in record.signals and is_telling(name, config)
+    ]
+    name, first = decisive(config), None
+    if record.threshold is not None and name is not None:
+        ensemble = Bar(name, None, record.scores["ensemble"], 1.0)
+        first = next((bar for bar in bars if bar.name == name), ensemble)
     return Step(
         record,
-        labels.get(record.decision, record.author),
+        label(record),
+        verdict(record, config),
         record.text.strip(),
-        None if record.draft_text is None else record.draft_text.strip(),
-        tuple(
-            Bar(
-                name.replace("_", "-"),
-                record.signals[name],
-                record.scores[name],
-                1.0 if name == REWARD else verifier.weights.get(name, 0.0),
-            )
-            for name in (REWARD, *SIGNALS)
-            if name in record.signals
-        ),
+        draft_text,
+        first,
+        tuple(bar for bar in bars if bar is not first),
         tuple(
             Candidate(
                 candidate, index == record.selected, min(candidate.token_logprobs, default=0.0)
             )
             for index, candidate in enumerate(record.candidates or ())
         ),
-        _heats(record.tokens, verifier) if record.tokens is not None else (),
+        _heats(record.tokens, config.verifier) if record.tokens is not None else (),
     )
 
 

@@ -48,6 +48,20 @@ def test_candidates_are_those_of_the_reference(
             assert candidate.text == engine.tokenizer.decode(candidate.token_ids)
 
 
+def test_what_is_told_of_candidates_is_how_they_begin(engine: Engine) -> None:
+    """An engine need not tell of its tokens; what it has told stands."""
+    told: dict[int, tuple[int, ...]] = {}
+
+    def listen(index: int, token_ids: tuple[int, ...]) -> None:
+        told[index] = told.get(index, ()) + token_ids
+
+    job = generate_job(engine, num_candidates=4, cap=9, on_tokens=listen)
+    candidates = run(engine, job)
+    assert told.keys() <= set(range(4))
+    for index, token_ids in told.items():
+        assert candidates[index].token_ids[: len(token_ids)] == token_ids
+
+
 def test_a_token_is_the_inverse_cdf_of_its_uniform(engine: Engine, plain: ReferenceEngine) -> None:
     rng = np.random.default_rng(0)
     steps = [rng.integers(3, 964, 5).tolist() for _ in range(6)]

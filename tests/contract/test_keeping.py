@@ -76,7 +76,8 @@ class Text:
                 steps,
                 prefix,
                 key=move.key,
-                capture=capture(prefix, sources) if move.wants_more else None,
+                # At an epsilon, the last bits of a weight decide whether it counts.
+                capture=capture(prefix, sources, epsilon=0.0) if move.wants_more else None,
                 hidden_state=move.wants_more,
                 distributions=move.sampling if move.cap == 1 else None,
             )

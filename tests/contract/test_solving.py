@@ -66,7 +66,7 @@ def told(solution: Solution | None) -> list[Any]:
 def test_a_target_as_its_own_draft_writes_what_it_writes_alone(
     engine: Engine, verifier: Any, threshold: float
 ) -> None:
-    config = SolveConfig(max_tokens=60, max_step_tokens=9, max_steps=12)
+    config = SolveConfig(max_tokens=60, max_step_tokens=9, max_steps=12, selector="ngram")
     solver = Solver(engine, engine, config)
     plain = solver.solve(PROBLEM, method="target")
     judged = VerifierConfig(model=verifier, threshold=threshold)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from recipes.real_pair import answers, figures, labels, lines, steps
-from recipes.real_pair.signals import signals_of, to_do
-from specguard.core import Observation
+from recipes.real_pair.signals import grounding_values, to_do, token_values
+from specguard.core import AttentionBlock, Observation
 
 PIECES = ["a", "\n", "\n\n", ".\n\n", "<eos>", " b\n\nc"]
 
@@ -121,49 +121,85 @@ def test_samples_are_weighed_by_multiplicity() -> None:
     assert np.isnan(figures.share_of_samples([]))
 
 
-SIGNALS = {
+SIGNALS: dict[str, Any] = {
     "problem": 3,
     "step": 1,
-    "kind": "sample",
+    "kind": "greedy",
     "right": True,
     "same_as_own": False,
     "text": "2+3 = 5",
     "token_ids": [0, 1, 2, 3],
-    "t_lp": [-0.5, -1.5, -0.25, -2.5],
-    "t_h": [1.0, 0.5, 0.25, 2.0],
-    "t_first": [True, True, False, True],
-    "d_lp": [-1.0, -1.0, -1.0, -1.0],
-    "d_h": [0.5, 0.5, 0.5, 2.5],
+    "target": {
+        "lp": [-0.5, -1.5, -0.25, -2.5],
+        "h": [1.0, 0.5, 0.25, 2.0],
+        "first": [True, True, False, False],
+        "rank": [0, 0, 1, 4],
+        "margin": [0.0, 0.0, -0.5, -1.0],
+    },
+    "draft": {"lp": [-1.0, -1.0, -1.0, -0.5], "h": [0.5, 0.5, 0.5, 2.5]},
 }
 
 
 def test_signals_are_reduced_to_numbers() -> None:
-    values = figures.reductions(SIGNALS)
-    assert values["target min"] == -2.5
-    assert values["target mean"] == -1.1875
-    assert values["target 25% quantile"] == -1.75
-    assert values["target share above -1"] == 0.5
-    assert values["target share of first choices"] == 0.75
-    assert values["target share of leading choices"] == 0.5
-    assert values["target typicality min"] == -1.0
-    assert values["target entropy max"] == -2.0
-    assert values["draft entropy mean"] == -1.0
-    assert values["target - draft min"] == -1.5
-    assert values["length"] == -4
+    values = figures.reductions(SIGNALS, ["2", " so", " Mia", "+"])
+    expected = {
+        "target: min": -2.5,
+        "target: mean": -1.1875,
+        "target: sum": -4.75,
+        "target: share of tokens above -1": 0.5,
+        "target: number of tokens below -2": -1,
+        "target: min over numbers and operators": -2.5,
+        "target: sum over numbers and operators": -3.0,
+        "target: least margin to the first choice": -1.0,
+        "target: sum of margins": -1.5,
+        "target: worst rank": -4,
+        "target: share of first choices": 0.5,
+        "target: log-prob + entropy, min": -1.0,
+        "target: entropy, max": -2.0,
+        "draft: entropy, sum": -4.0,
+        "log ratio": -1.25,
+        "log ratio, min": -2.0,
+        "length": -4,
+    }
+    assert {name: values[name] for name in expected} == pytest.approx(expected)
+    assert not any("grounding" in name for name in values)
+    assert figures.reductions(SIGNALS, ["a"] * 4)["target: min over numbers and operators"] == 0
 
 
-def test_numbers_and_operators_have_a_signal_of_their_own() -> None:
-    assert figures.numeric_min([-1.0, -3.0, -2.0], ["5", "so", " ="]) == -2.0
-    assert figures.numeric_min([-1.0], ["so"]) == 0.0
+def wrong() -> dict[str, Any]:
+    return {**SIGNALS, "right": False, "target": {**SIGNALS["target"], "lp": [-9.0] * 4}}
 
 
 def test_the_table_has_a_row_a_signal() -> None:
-    wrong = {**SIGNALS, "right": False, "t_lp": [-9.0] * 4}
-    rows = figures.table([SIGNALS, wrong], lambda token_ids: str(token_ids[0]))
-    areas = {row.split(" | ")[0]: row.split(" | ")[1] for row in rows[2:]}
-    assert areas["| target min"] == "1.000"
-    assert areas["| target min over numbers"] == "1.000"
-    assert areas["| draft min"] == "0.500"
+    rows = [SIGNALS, wrong()]
+    lines = figures.table(rows, [figures.reductions(row, ["1"] * 4) for row in rows])
+    cells = {line.split(" | ")[0]: line.split(" | ")[1:] for line in lines[2:]}
+    assert cells["| target: min"][0] == "1.000"
+    assert cells["| target: min"][-1] == "1.00 |"
+    assert cells["| draft: min"][0] == "0.500"
+    assert cells["| draft: min"][-1] == "0.00 |"
+
+
+def test_the_frontier_counts_what_passes_and_what_the_target_goes_on_from() -> None:
+    lines = figures.frontier([SIGNALS, wrong()], 0.5)
+    rows = {line.split(" | ")[0]: line.strip("| ").split(" | ")[1:] for line in lines[2:]}
+    # Ratios are -1.25 and -32.5; the target doubts the last token of the first step and, of the
+    # second, the last one again: -8.5 there, and -8 at the third.
+    fixed = 0.5 * 8 + 2 * (1 + 0.045 * 4)
+    assert rows["| -2"] == [
+        "1.000",
+        "0.000",
+        "0.000",
+        f"{(fixed + 1) / 8:.3f}",
+        f"{(fixed + 2) / 8:.3f}",
+    ]
+    assert rows["| -1"] == [
+        "0.000",
+        "0.000",
+        "0.000",
+        f"{(fixed + 2) / 8:.3f}",
+        f"{(fixed + 4) / 8:.3f}",
+    ]
 
 
 def test_a_label_is_scored_once() -> None:
@@ -174,17 +210,29 @@ def test_a_label_is_scored_once() -> None:
     ]
 
 
-def test_signals_are_those_of_each_model() -> None:
-    names = ["outcomes", "method", "first_pick", "multiplicity", "finish"]
-    target, draft = (
-        Observation(np.array([-value]), np.array([True]), np.array([value / 2]))
-        for value in (0.123456, 2.0)
+def test_tokens_have_a_rank_and_a_margin() -> None:
+    distributions = np.array([[0.5, 0.3, 0.2], [0.25, 0.5, 0.25], [1.0, 0.0, 0.0]])
+    seen = Observation(
+        np.log([0.2, 0.5]),
+        np.array([False, True]),
+        np.array([1.0, 0.123456]),
+        distributions=distributions,
     )
-    row = signals_of({**SIGNALS, **dict.fromkeys(names)}, 7, target, draft)
-    assert row["t_lp"] == [-0.1235]
-    assert row["d_h"] == [1.0]
-    assert row["t_first"] == [True]
-    assert row["num_prefix"] == 7
+    values = token_values((2, 1), seen)
+    assert values["rank"] == [2, 0]
+    assert values["margin"] == [round(float(np.log(0.2 / 0.5)), 4), 0.0]
+    assert values["first"] == [False, True]
+    assert values["h"] == [1.0, 0.1235]
+
+
+def test_grounding_is_over_the_last_layers() -> None:
+    low, top = (
+        AttentionBlock(np.full(2, mass), np.full(2, 0.25), np.zeros((2, 2))) for mass in (1.0, 0.5)
+    )
+    values = grounding_values(Observation(np.zeros(2), np.ones(2, bool), blocks=(low, top)), False)
+    assert values["min"][:2] == [0.25, 0.5]
+    assert values["source"] == [1.0, 0.5]
+    assert values["sink"] == [0.25, 0.25]
 
 
 class Target:

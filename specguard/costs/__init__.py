@@ -1,0 +1,1 @@
+"""What drafting costs on this machine: measured through the seam, and kept."""
