@@ -146,7 +146,7 @@ def table(rows: Sequence[Record], values: Sequence[dict[str, float]]) -> list[st
 
 
 def frontier(rows: Sequence[Record], draft_cost: float) -> list[str]:
-    """What thresholds on the log ratio let pass of greedy steps, and the time that it would take.
+    """What thresholds on the sum let pass of greedy steps, and the time that it would take.
 
     The time is a share of the target's own: drafting at ``draft_cost`` of the target's time a
     token, a reading pass of 1 + 0.045 n decode steps, and the target's tokens behind its doubt or
@@ -155,23 +155,23 @@ def frontier(rows: Sequence[Record], draft_cost: float) -> list[str]:
     rows = [row for row in rows if row["kind"] == "greedy"]
     is_right = np.array([row["right"] for row in rows], bool)
     lengths = np.array([len(row["token_ids"]) for row in rows])
-    ratios = [np.array(row["target"]["lp"]) - np.array(row["draft"]["lp"]) for row in rows]
+    logprobs = [np.array(row["target"]["lp"]) for row in rows]
     others = [~np.array(row["target"]["first"]) for row in rows]
     leading = np.array([np.append(other, True).argmax() for other in others])
     doubts = np.array(
         [
-            np.where(other, ratio, np.inf).argmin() if other.any() else len(ratio)
-            for ratio, other in zip(ratios, others, strict=True)
+            np.where(other, values, np.inf).argmin() if other.any() else len(values)
+            for values, other in zip(logprobs, others, strict=True)
         ]
     )
-    totals = np.array([ratio.sum() for ratio in ratios])
+    totals = np.array([values.sum() for values in logprobs])
     lines = [
-        "| log ratio from | right ones that pass | wrong ones | wrong steps in all | "
+        "| sum from | right ones that pass | wrong ones | wrong steps in all | "
         "time, from the doubt on | time, from the first other choice on |",
         "|---" * 6 + "|",
     ]
     fixed = draft_cost * lengths.sum() + (1 + 0.045 * lengths).sum()
-    for bound in (-1, -2, -3, -4, -5, -6, -7, -8, -10, -12, -16):
+    for bound in (-2, -3, -4, -6, -8, -9, -10, -12, -15, -20):
         passes = totals >= bound
         kept = [np.where(passes, lengths, places) for places in (doubts, leading)]
         times = [(fixed + (lengths - each).sum()) / lengths.sum() for each in kept]
