@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
-from specguard.core.config import SIGNALS, VerifierConfig, ensemble_weights
+from specguard.core.config import SIGNALS, VerifierConfig
 from specguard.core.errors import SpecguardError
 from specguard.core.verifier import normalise
 
@@ -175,8 +175,8 @@ def _best_beta(scores: dict[str, Array], labels: NDArray[np.bool_]) -> dict[str,
         return round(float(roc_auc_score(labels, ensemble)), 6), beta
 
     name, beta = max(((name, float(beta)) for name in names for beta in betas), key=area)
-    weights = ensemble_weights(beta)
-    return {name if signal == "log_prob" else signal: w for signal, w in weights.items()}
+    weights = {name: beta, "grounding": 1 - beta}
+    return {signal: weight for signal, weight in weights.items() if weight > 0}
 
 
 def _logistic(scores: dict[str, Array], labels: NDArray[np.bool_]) -> dict[str, float]:

@@ -1,7 +1,9 @@
 """Jobs that the contract's tests hand to an engine, and what they compare."""
 
 import asyncio
+import shutil
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -160,3 +162,14 @@ def _assert_close(
         if array is not None:
             assert array.shape == wanted.shape, name
             np.testing.assert_allclose(array, wanted, atol=tolerance, rtol=0, err_msg=name)
+
+
+def damaged_copy(checkpoint: Path, folder: Path) -> Path:
+    """A checkpoint whose embedding of token 300 is not a number."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(checkpoint, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][300] = np.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

@@ -1,6 +1,5 @@
 """Sampling steps: which tokens are drawn, what is said of them, and where a step ends."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tests.contract.calls import (
     SAMPLING,
     assert_same,
     boundary,
+    damaged_copy,
     draws,
     forcing,
     generate_job,
@@ -250,13 +250,7 @@ def test_numbers_that_are_not_finite_are_the_error_of_their_job(
     loader: Callable[[Path], Engine], checkpoint: Path, tmp_path: Path, sampling: Sampling
 ) -> None:
     """One token has a damaged embedding: who has it in the prefix cannot be served."""
-    from safetensors.numpy import load_file, save_file
-
-    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
-    weights = load_file(folder / "model.safetensors")
-    weights["model.embed_tokens.weight"][300] = np.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    engine = loader(folder)
+    engine = loader(damaged_copy(checkpoint, tmp_path / "model"))
     sound = [generate_job(engine, PREFIX, 2, 7, sampling, key=0), score_job([[45, 46]], key=1)]
     damaged = [
         generate_job(engine, (*PREFIX, 300), 2, 4, sampling, key=2),

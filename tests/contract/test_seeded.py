@@ -6,7 +6,6 @@ does not claim is not asked of it.
 
 import asyncio
 import importlib.util
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -41,6 +40,7 @@ from tests.contract.calls import (
     TOLERANCE,
     boundary,
     capture,
+    damaged_copy,
     generate_job,
     outcomes,
     run,
@@ -323,13 +323,7 @@ def test_a_cancelled_job_ends_and_others_go_on(engine: Engine, plain: ReferenceE
 def test_numbers_that_are_not_finite_are_the_error_of_their_job(
     loader: Callable[[Path], Engine], checkpoint: Path, tmp_path: Path
 ) -> None:
-    from safetensors.numpy import load_file, save_file
-
-    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
-    weights = load_file(folder / "model.safetensors")
-    weights["model.embed_tokens.weight"][300] = np.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    engine = loader(folder)
+    engine = loader(damaged_copy(checkpoint, tmp_path / "model"))
     sound = [job_of(engine, PREFIX, 2, 7, GREEDY, key=0), score_job([[45, 46]], key=1)]
     damaged = [
         job_of(engine, (*PREFIX, 300), 2, 4, GREEDY, key=2),
