@@ -8,14 +8,13 @@ from typing import Any
 import click
 from click.core import ParameterSource
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from specguard import UsageError
 from specguard.bench.methods import choose_methods, known_methods
 from specguard.cli.data import data_options, read_data
 from specguard.cli.groups import Group
 from specguard.cli.options import ModelOptions, model_options
-from specguard.cli.output import console, print_notes
+from specguard.cli.output import console, print_notes, progress_bar
 from specguard.cli.values import COUNT, SEED, Several
 from specguard.core import SolveConfig, Solver, SpecguardError
 from specguard.files import check_output_folder, write_atomically
@@ -127,16 +126,10 @@ def _refuse_options(ctx: click.Context) -> None:
 
 def _work(run: Any, err: Any) -> None:
     total = run.num_missing
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
     right: dict[str, list[bool]] = {}
     for row in run.rows:
         right.setdefault(row["method"], []).append(row["is_right"])
-    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+    with progress_bar(err) as progress:
         task = progress.add_task("", total=total)
         for row in run.rows_to_come():
             right.setdefault(row["method"], []).append(row["is_right"])

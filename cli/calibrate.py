@@ -80,9 +80,9 @@ def calibrate(
     items = read_data(dataset, data, fields, limit or (100 if data is None else None))
     try:
         from specguard.bench.grading import Grader
-        from specguard.bench.journal import Journal
         from specguard.calibration.fit import fit, reliability_plot
         from specguard.calibration.labels import label_steps
+        from specguard.journal import Journal
     except ImportError as error:
         raise SpecguardError(
             f"the package {error.name} is not installed", "pip install 'specguard[bench]'"

@@ -6,10 +6,12 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from specguard.cli.status import Loading, Solving, StatusLine
-from specguard.core import PhaseBegan, Progress, Solver
+from specguard.core import PhaseBegan, Solver
+from specguard.core import Progress as Event
 from specguard.core.config import Method, SolveConfig
 from specguard.core.records import Solution, StepRecord
 from specguard.loading import Choice
@@ -30,6 +32,17 @@ def print_notes(solver: Solver, err: Console) -> None:
         err.print(f"{escape(note)}.", style="dim")
 
 
+def progress_bar(err: Console, is_shown: bool = True) -> Progress:
+    """How many of a known number are done, in a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=err, disable=not (is_shown and err.is_terminal))
+
+
 class Reporter:
     """Shows a solution while it is made; a silent one prints nothing of it.
 
@@ -39,6 +52,7 @@ class Reporter:
 
     def __init__(self, is_silent: bool = False, is_quiet: bool = False) -> None:
         self.is_silent = is_silent or is_quiet
+        self.is_quiet = is_quiet
         self.out = console()
         self.err = console(stderr=True)
         is_shown = not is_quiet and not (is_silent and self.out.is_terminal)
@@ -58,14 +72,14 @@ class Reporter:
             yield begin
 
     @contextmanager
-    def solving(self, method: Method) -> Iterator[Callable[[Progress], None] | None]:
+    def solving(self, method: Method) -> Iterator[Callable[[Event], None] | None]:
         """Say what is done; yields what to call with every event, None where nobody looks."""
         if not self.status.is_live:
             yield None
             return
         progress = Solving(method)
 
-        def hear(event: Progress) -> None:
+        def hear(event: Event) -> None:
             progress.hear(event)
             if isinstance(event, PhaseBegan):
                 self.status.show(progress.parts)

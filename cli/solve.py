@@ -17,12 +17,17 @@ from specguard.cli.options import (
     settings_from,
 )
 from specguard.cli.output import Reporter
+from specguard.cli.problems import (
+    EXIT_NO_ANSWER,
+    ManyOptions,
+    check_problem,
+    many_options,
+    solve_file,
+)
 from specguard.cli.trace import write_trace
 from specguard.core.records import step_to_dict
 from specguard.files import check_output_file
-from specguard.loading import Choice
 
-EXIT_NO_ANSWER = 3
 _MAX_BYTES = 1 << 24  # of a problem: no context window holds more
 
 
@@ -31,6 +36,7 @@ _MAX_BYTES = 1 << 24  # of a problem: no context window holds more
 @click.option(
     "--file", "file", type=click.Path(path_type=Path), help="Read the problem from a file."
 )
+@many_options
 @model_options
 @method_options
 @click.option("--json", "as_json", is_flag=True, help="Print the solution as one JSON object.")
@@ -50,6 +56,7 @@ _MAX_BYTES = 1 << 24  # of a problem: no context window holds more
 def solve(
     problem: str | None,
     file: Path | None,
+    many: ManyOptions,
     models: ModelOptions,
     as_json: bool,
     as_jsonl: bool,
@@ -60,14 +67,29 @@ def solve(
     reward: str | None,
     **options: Any,
 ) -> None:
-    """Solve PROBLEM, given as an argument, on standard input or in a --file.
+    """Solve PROBLEM, given as an argument, on standard input or in a --file; or many --problems.
 
     A problem that begins with a minus sign stands behind --, by itself.
     """
+    if many.problems is not None:
+        if as_json or as_jsonl or trace is not None or file is not None or problem is not None:
+            raise UsageError(
+                "--problems excludes a PROBLEM, --file, --json, --jsonl and --trace",
+                "solutions are JSON, a line each, on standard output or in the folder --output",
+            )
+        if quiet and many.output is not None:
+            raise UsageError("--quiet has no meaning with --output: nothing is printed there")
+        reporter = Reporter(is_silent=many.output is None, is_quiet=quiet)
+        choice = models.choose()
+        settings = settings_from({**options, "reward": reward}, choice)
+        more = {"reward": reward, "detail": detail, **settings}
+        solve_file(many, models, choice, more, reporter, force)
+        return
+    many.refuse_without_problems()
     if as_json + as_jsonl + quiet > 1:
         raise UsageError("--json, --jsonl and --quiet exclude one another")
     if detail and not (as_json or as_jsonl):
-        raise UsageError("--detail has no meaning without --json or --jsonl")
+        raise UsageError("--detail has no meaning without --json, --jsonl or --problems")
     if trace is not None and as_jsonl:
         raise UsageError("--trace and --jsonl exclude one another")
     if trace is not None:
@@ -112,24 +134,6 @@ def solve(
 
 def _emit(event: str, data: dict[str, Any]) -> None:
     click.echo(json.dumps({"event": event, **data}, ensure_ascii=False))
-
-
-def check_problem(choice: Choice, problem: str, force: bool = False) -> None:
-    """Refuse a problem that the chosen pair was not made for, before anything is loaded.
-
-    Raises:
-        UsageError: it is outside of what the pair knows and not forced; or any is taken anyway.
-    """
-    if choice.pair is None or choice.pair.check is None:
-        if force:
-            raise UsageError("--force has no meaning: these models take any problem")
-        return
-    if force:
-        return
-    try:
-        choice.pair.check(problem)
-    except UsageError as error:
-        raise UsageError(error.message, f"{error.hint}; or try it all the same: --force") from error
 
 
 def read_problem(problem: str | None, file: Path | None) -> str:

@@ -60,6 +60,26 @@ class Several(click.ParamType[tuple[Any, ...]]):
         return tuple(dict.fromkeys(self.kind.convert(part, param, ctx) for part in parts))
 
 
+class Part(click.ParamType[tuple[int, int]]):
+    """One of N equal parts, like 3/16; the first is 1."""
+
+    name = "I/N"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """Read it; a tuple has been read already."""
+        if isinstance(value, tuple):
+            return value
+        number, slash, count = str(value).partition("/")
+        if not (slash and number.isdecimal() and count.isdecimal()):
+            self.fail(f"{value!r} is no part like 3/16.", param, ctx)
+        part = COUNT.convert(number, param, ctx), COUNT.convert(count, param, ctx)
+        if part[0] > part[1]:
+            self.fail(f"there is no part {number} of {count}.", param, ctx)
+        return part
+
+
 SHARE = Number(0, 1)
 CANDIDATES = Whole(1, MAX_CANDIDATES)
 COUNT = Whole(1, _MAX_COUNT)

@@ -11,13 +11,13 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specguard.bench.journal import Journal, read_lines
 from specguard.bench.methods import choose_methods, known_methods
 from specguard.bench.report import as_csv, as_markdown, summarise
 from specguard.bench.runner import vote
 from specguard.bench.statistics import accuracy_interval, interval, mcnemar, paired_p, wilson
 from specguard.cli.main import main
 from specguard.core import SolveConfig, SpecguardError, config
+from specguard.journal import Journal, read_lines
 
 
 def run(*arguments: object) -> Result:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from specguard.bench.datasets import DataSet, Item
-from specguard.bench.journal import read_lines
 from specguard.bench.methods import choose_methods
 from specguard.bench.runner import FILE_NAME, Run
 from specguard.core import (
@@ -22,6 +21,7 @@ from specguard.core import (
     config,
 )
 from specguard.core.config import changed_settings
+from specguard.journal import read_lines
 from tests.reference import ReferenceEngine
 
 BASE = SolveConfig(num_candidates=2, delimiter=" ", max_step_tokens=9, max_tokens=20)

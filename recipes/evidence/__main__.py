@@ -14,10 +14,10 @@ from recipes.evidence import signals as judged
 from recipes.evidence.sensitivity import layers_and_epsilon, weight_and_threshold
 from specguard import Solver, load
 from specguard.bench.datasets import DataSet, Item
-from specguard.bench.journal import read_lines
 from specguard.bench.report import as_markdown, summarise
 from specguard.bench.runner import Run
 from specguard.core.errors import SpecguardError
+from specguard.journal import read_lines
 from specguard.models.pairs import BUILT_IN_PAIR, find_pair
 from specguard.models.tiny import problems
 

@@ -10,7 +10,6 @@ import numpy as np
 from recipes.tiny.checker import judge
 from specguard import Sampling, Solver
 from specguard.backends.checkpoint import open_checkpoint
-from specguard.bench.journal import Journal
 from specguard.core import Candidate, Capture, Engine, Observation
 from specguard.core.config import Author, Sources
 from specguard.core.context import ProblemContext
@@ -20,6 +19,7 @@ from specguard.core.grounding import grounding, source_mask
 from specguard.core.randomness import problem_key
 from specguard.core.runner import Runner
 from specguard.core.selector import Embedder, distinct, mean_similarities
+from specguard.journal import Journal
 from specguard.models.tiny import problems
 
 NUM_SAMPLES = (4, 8, 16)  # every k that is looked at; the samples of a smaller one come first

@@ -1,6 +1,5 @@
 """Problems with known answers: the usual mathematical test sets, or a JSONL file of one's own."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -9,10 +8,9 @@ from typing import Any
 
 from specguard.bench.grading import clean
 from specguard.core.errors import SpecguardError, UsageError
+from specguard.jsonl import read_rows, text_from
 
 BUILT_IN = "tiny"
-_MAX_LINE = 1 << 24  # bytes of a line
-_BLANK = b" \t\r\n\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +51,9 @@ class Source:
     answer_of: Callable[[Any], str]
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.60} is no text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can say \\ud800, which stands for no character
-        raise TypeError(f"{value!r:.60} is no valid Unicode") from error
-    return value
-
-
 def _after_marks(value: Any) -> str:
     """GSM8K's answers end with #### and a number."""
-    text = _text(value)
+    text = text_from(value)
     if "####" not in text:
         raise TypeError("no final answer after ####")
     return text.rsplit("####", 1)[1].strip()
@@ -75,16 +63,16 @@ def _joined(value: Any) -> str:
     """OlympiadBench lists its answers; several are to be given together."""
     if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
         raise TypeError(f"{value!r:.60} is no list of texts")
-    return ", ".join(_text(part).strip().removesuffix(".") for part in value)
+    return ", ".join(text_from(part).strip().removesuffix(".") for part in value)
 
 
 SOURCES: Mapping[str, Source] = {
     "gsm8k": Source("openai/gsm8k", "main", "test", Fields("question", "answer"), _after_marks),
     "math500": Source(
-        "HuggingFaceH4/MATH-500", None, "test", Fields("problem", "answer", "unique_id"), _text
+        "HuggingFaceH4/MATH-500", None, "test", Fields("problem", "answer", "unique_id"), text_from
     ),
     "gaokao2023en": Source(
-        "MARIO-Math-Lab/Gaokao2023-Math-En", None, "train", Fields("question", "answer"), _text
+        "MARIO-Math-Lab/Gaokao2023-Math-En", None, "train", Fields("question", "answer"), text_from
     ),
     "olympiadbench": Source(
         "Hothan/OlympiadBench",
@@ -129,7 +117,7 @@ def load_dataset(
         wanted = fields or (source.fields if source else None)
         assert wanted is not None
         answer_of = source.answer_of if source is not None and fields is None else _any_answer
-        rows = _read_lines(file)
+        rows = read_rows(file)
         return _assemble(name or file.stem, rows, wanted, answer_of, limit)
     if source is not None:
         rows = ((f"row {number}", row) for number, row in enumerate(_from_hub(source), 1))
@@ -140,7 +128,7 @@ def load_dataset(
 def _any_answer(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError(f"{value!r:.60} is no text or number")
-    return _text(str(value))
+    return text_from(str(value))
 
 
 def _assemble(
@@ -163,8 +151,10 @@ def _assemble(
                 known = ", ".join(row)
                 raise SpecguardError(f"{place} has no field {field!r}", f"its fields: {known}")
         try:
-            problem, answer = _text(row[fields.problem]), answer_of(row[fields.answer])
-            item = Item(_text(str(row[fields.id])) if fields.id else str(number), problem, answer)
+            problem, answer = text_from(row[fields.problem]), answer_of(row[fields.answer])
+            item = Item(
+                text_from(str(row[fields.id])) if fields.id else str(number), problem, answer
+            )
         except TypeError as error:
             raise SpecguardError(f"{place}: {error}") from error
         if item.id in places:
@@ -177,31 +167,6 @@ def _assemble(
     if not items:
         raise SpecguardError(f"data set {name} has no problem")
     return DataSet(name, tuple(items), tuple(left_out))
-
-
-def _read_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """Rows with their places, read as they are asked for; blank lines are none."""
-    try:
-        with file.open("rb") as stream:
-            for number, line in enumerate(iter(lambda: stream.readline(_MAX_LINE), b""), 1):
-                place = f"line {number} of {file}"
-                if len(line) == _MAX_LINE:
-                    raise SpecguardError(f"{place} is longer than {_MAX_LINE} bytes")
-                if line.strip(_BLANK):
-                    yield place, _row(line, place)
-    except OSError as error:
-        raise SpecguardError(f"{file} cannot be read: {error.strerror}") from error
-
-
-def _row(line: bytes, place: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"))  # a mark may stand before the first line
-    except UnicodeDecodeError as error:
-        raise SpecguardError(f"{place} is not UTF-8: {error.reason}") from error
-    except RecursionError as error:
-        raise SpecguardError(f"{place} is nested too deeply") from error
-    except ValueError as error:
-        raise SpecguardError(f"{place} is no JSON: {error}") from error
 
 
 def _from_hub(source: Source) -> Iterator[Any]:

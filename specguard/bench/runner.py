@@ -10,7 +10,6 @@ from typing import Any
 
 from specguard.bench.datasets import DataSet, Item
 from specguard.bench.grading import Grader, clean
-from specguard.bench.journal import Journal
 from specguard.bench.memory import peak_mebibytes
 from specguard.bench.methods import Method
 from specguard.core import Finished, RewardModel, Solver, Task, solve_many
@@ -18,6 +17,7 @@ from specguard.core.config import changed_settings
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.records import Solution, Stats
 from specguard.core.runner import Runner
+from specguard.journal import Journal
 
 FILE_NAME = "results.jsonl"
 CONFIG_VERSION = 1  # grows where equal settings come to mean something else

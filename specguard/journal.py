@@ -17,18 +17,18 @@ from specguard.files import cannot_write
 class Journal:
     """The rows of one run, each on the disk before the next is worked out.
 
-    The first line holds the run's settings. A last line that a killed process left unfinished is
-    cut off. A context manager: while it is open, no second run writes to the file. Closed without
-    a row, it leaves nothing behind.
+    The first line holds the run's settings, if it has any. A last line that a killed process left
+    unfinished is cut off. A context manager: while it is open, no second run writes to the file.
+    Closed without a row, it leaves nothing behind.
 
     Raises:
         SpecguardError: the file is of a run with other settings, a line of it is no JSON, another
             run has it open, or it cannot be written.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any] | None = None) -> None:
         self.rows: list[dict[str, Any]] = []
-        self._is_new = False
+        self._is_empty = False  # a file that has got no row yet, and none from before
         self._path = path
         self._lock = FileLock(path.with_name(f".{path.name}.lock"))
         try:
@@ -41,18 +41,13 @@ class Journal:
         except OSError as error:
             raise cannot_write(path, error) from error
         try:
-            settings = json.loads(json.dumps(settings))
             lines = read_lines(path) if path.exists() else []
-            if lines and lines[0] != settings:
-                raise SpecguardError(
-                    f"{path} is of another run: {_difference(lines[0], settings)}",
-                    "give the settings of that run; or, to start anew, name another output or "
-                    "remove that file",
-                )
-            self.rows = lines[1:]
+            self._is_empty = not lines
+            if settings is not None:
+                _check_settings(path, lines, settings)
+            self.rows = lines if settings is None else lines[1:]
             _cut_unfinished(path)
-            self._is_new = not lines
-            if self._is_new:
+            if self._is_empty and settings is not None:
                 self._write(settings)
         except BaseException:
             self.close()
@@ -73,7 +68,7 @@ class Journal:
         """Let other runs write; neither a lock nor a file without rows stays."""
         if not self._lock.is_locked:
             return
-        if not self.rows and self._is_new:
+        if self._is_empty:
             self._path.unlink(missing_ok=True)
         with suppress(OSError):  # Windows keeps a file that is open
             Path(self._lock.lock_file).unlink()
@@ -82,6 +77,7 @@ class Journal:
     def append(self, row: dict[str, Any]) -> None:
         """Add a row; it is on the disk when this returns."""
         self._write(row)
+        self._is_empty = False
         self.rows.append(row)
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -125,6 +121,16 @@ def _cut_unfinished(path: Path) -> None:
         if end < len(data):
             with path.open("r+b") as file:
                 file.truncate(end)
+
+
+def _check_settings(path: Path, lines: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    settings = json.loads(json.dumps(settings))
+    if lines and lines[0] != settings:
+        raise SpecguardError(
+            f"{path} is of another run: {_difference(lines[0], settings)}",
+            "give the settings of that run; or, to start anew, name another output or remove "
+            "that file",
+        )
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
