@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from specguard.cli.values import CANDIDATES, COUNT, SEED, SHARE, Number
+from specguard.cli.values import CANDIDATES, CORRECTIONS, COUNT, SEED, SHARE, Number
 from specguard.core import DraftCost, RewardModel, Solver
 from specguard.core.config import (
     PAPER_CANDIDATES,
@@ -37,6 +37,7 @@ LIMITED = {
     "sources": ("--sources", _SPECGUARD),
     "selector": ("--selector", _STEPWISE),
     "rewrite_from": ("--rewrite-from", _SPECGUARD),
+    "num_corrections": ("--corrections", _SPECGUARD),
     "rewrite_temperature": ("--rewrite-temperature", _STEPWISE),
     "num_speculated": ("--speculate", ("sd",)),
     "reward": ("--reward", ("rsd",)),
@@ -280,6 +281,14 @@ def method_options(command: F) -> F:
                 "start.",
             ),
             click.option(
+                "--corrections",
+                "num_corrections",
+                type=CORRECTIONS,
+                show_default="the pair's",
+                help="How often the target may put its token in place of the one that it doubts "
+                "and let the draft go on, before it rewrites the rest of a step.",
+            ),
+            click.option(
                 "--rewrite-temperature",
                 type=Number(0),
                 show_default="0: greedy",
@@ -425,6 +434,7 @@ def _verifier(given: Mapping[str, Any]) -> dict[str, Any]:
         ("verifier", "model"),
         ("sources", "sources"),
         ("rewrite_from", "rewrite_from"),
+        ("num_corrections", "num_corrections"),
     ):
         if name in given:
             changes[field] = given[name]

@@ -5,9 +5,13 @@ business.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from specguard.core.config import Author, SolveConfig, VerifierConfig
 from specguard.core.engine import (
+    GREEDY,
     Boundary,
     Candidate,
     Capture,
@@ -87,9 +91,12 @@ class ProblemContext:
         """Make tokens part of the text."""
         self.token_ids += tuple(token_ids)
 
-    def boundary(self, begun: tuple[int, ...] = ()) -> Boundary:
-        """Where the step in hand ends; it may have ``begun`` with the last tokens of the text."""
-        cap = min(self.config.max_step_tokens - len(begun), self.room)
+    def boundary(self, begun: tuple[int, ...] = (), num_tentative: int = 0) -> Boundary:
+        """Where the step in hand ends; it may have ``begun`` with the last tokens of the text.
+
+        ``num_tentative`` of these are no part of the text yet.
+        """
+        cap = min(self.config.max_step_tokens - len(begun), self.room - num_tentative)
         return Boundary(self.config.delimiter, self.tokenizer.eos_ids, cap, begun)
 
     def draws(self, purpose: Purpose, num_candidates: int, count: int) -> FloatArray:
@@ -129,6 +136,28 @@ class ProblemContext:
         if listener is not None:
             listener.finish(candidates)
         return candidates
+
+    async def corrected(self, author: Author, begun: tuple[int, ...], number: int) -> Candidate:
+        """The step in hand that has ``begun`` so, gone on with; none of it is part of the text.
+
+        The target writes a token, as it would rewrite; the draft goes on to the end, greedily.
+        Log-probabilities are not known before the whole is verified.
+        """
+        boundary, sampling = self.boundary(begun, len(begun)), GREEDY
+        if author == "target":
+            sampling = self.config.rewrite_sampling
+            boundary = replace(boundary, max_tokens=1)
+        job = GenerateJob(
+            key=self._keys[author],
+            prefix=self.token_ids + begun,
+            sampling=sampling,
+            boundary=boundary,
+            seed=job_seed(self.config.seed, self._problem, Purpose.CORRECT, self.step, number),
+            uniforms=self.draws(Purpose.CORRECT, number + 1, boundary.max_tokens)[number:],
+        )
+        [rest] = await self.engines[author].generate(job)
+        token_ids = begun + rest.token_ids
+        return Candidate(token_ids, self.tokenizer.decode(token_ids), np.empty(0), rest.finish)
 
     async def run(self, author: Author, job: GenerateJob) -> list[Candidate]:
         """Hand a job on; the target reads what it does not know of the text on the way."""

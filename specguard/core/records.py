@@ -16,7 +16,7 @@ SCHEMA_VERSION = 2
 DOCUMENTED_SCORES = ("log_prob", "grounding", "ensemble")
 
 FinishReason = Literal["answer", "eos", "length", "repetition"]
-Decision = Literal["accepted", "rewritten", "plain"]
+Decision = Literal["accepted", "corrected", "rewritten", "plain"]
 AnswerSource = Literal["box", "text"]
 Phase = Literal["propose", "select", "verify", "commit", "rewrite"]
 
@@ -59,7 +59,8 @@ class StepRecord:
     ``num_reused`` tokens at the beginning of a rewritten step stand because the target, reading a
     rejected candidate, found that it would have written them itself. ``is_fallback`` marks a step
     that the target wrote because drafting did not pay; ``num_spared`` candidates were not drawn
-    because the first ones agreed.
+    because the first ones agreed. Tokens at ``corrected_places`` of the step are the target's, put
+    in place of what it doubted in the draft's; a step that passed with such ones is "corrected".
     """
 
     index: int
@@ -81,10 +82,11 @@ class StepRecord:
     num_reused: int = 0
     is_fallback: bool = False
     num_spared: int = 0
+    corrected_places: tuple[int, ...] = ()
 
     @property
     def is_accepted(self) -> bool:
-        """Whether the draft's step passed verification."""
+        """Whether the draft's step passed verification as it was."""
         return self.decision == "accepted"
 
 
@@ -95,10 +97,11 @@ class Stats:
     Acceptance rates, of steps and of the tokens in them, are None where nothing was verified.
     ``num_target_tokens`` were written by the target one by one; ``num_verified_tokens`` it read in
     parallel passes (catching up included). Token-level speculation kept ``num_kept_tokens`` of the
-    ``num_guessed_tokens`` that the draft guessed for it. Rewritten steps begin with
-    ``num_reused_tokens`` that the target would have written anyway. Drafting was switched off
-    ``num_fallbacks`` times, for ``num_fallback_steps`` in all; ``num_spared_candidates`` were not
-    drawn.
+    ``num_guessed_tokens`` that the draft guessed for it. ``num_corrected_steps`` passed once the
+    target had put a token or more of its own in them, which are among those it wrote. Rewritten
+    steps begin with ``num_reused_tokens`` that the target would have written anyway. Drafting was
+    switched off ``num_fallbacks`` times, for ``num_fallback_steps`` in all;
+    ``num_spared_candidates`` were not drawn.
     """
 
     seconds: float
@@ -120,6 +123,7 @@ class Stats:
     num_fallbacks: int = 0
     num_fallback_steps: int = 0
     num_spared_candidates: int = 0
+    num_corrected_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,8 +264,9 @@ def summarise(
         num_drafted_tokens=sum(step.num_drafted for step in steps),
         num_target_tokens=sum(
             step.num_tokens - step.num_kept - step.num_reused
-            for step in steps
             if step.author == "target"
+            else len(step.corrected_places)
+            for step in steps
         ),
         num_verified_tokens=num_verified_tokens,
         step_acceptance_rate=len(accepted) / len(verified) if verified else None,
@@ -279,6 +284,7 @@ def summarise(
         ),
         num_fallback_steps=sum(step.is_fallback for step in steps),
         num_spared_candidates=sum(step.num_spared for step in steps),
+        num_corrected_steps=sum(step.decision == "corrected" for step in steps),
     )
 
 
