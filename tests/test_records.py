@@ -70,9 +70,9 @@ def test_json_of_the_version_before_still_reads() -> None:
     stored |= {"schema_version": 2, "is_reproducible": True, "answer_source": "box"}
     stored["config"]["verifier"]["rewrite_from"] = "start"
     stored["config"]["verifier"]["num_corrections"] = 0
-    stored["stats"]["num_corrected_steps"] = 0
+    stored["stats"] |= {"num_corrections": 0, "num_corrected_steps": 0}
     for step in stored["steps"]:
-        step["corrected_places"] = []
+        step |= {"num_corrections": 0, "corrected_places": []}
     stored["config"]["draft_cost"] |= {"reading": 0.0, "source": "given"}
     assert json.loads(solution.to_json()) == stored
     assert Solution.from_json(solution.to_json()) == solution

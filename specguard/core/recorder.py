@@ -90,6 +90,7 @@ class Recorder:
             num_reused=written.num_reused,
             is_fallback=is_fallback,
             num_spared=step.num_spared if step else 0,
+            num_corrections=step.num_corrections if step else 0,
             corrected_places=written.corrected_places,
         )
         self._seconds = {}

@@ -59,8 +59,9 @@ class StepRecord:
     ``num_reused`` tokens at the beginning of a rewritten step stand because the target, reading a
     rejected candidate, found that it would have written them itself. ``is_fallback`` marks a step
     that the target wrote because drafting did not pay; ``num_spared`` candidates were not drawn
-    because the first ones agreed. Tokens at ``corrected_places`` of the step are the target's, put
-    in place of what it doubted in the draft's; a step that passed with such ones is "corrected".
+    because the first ones agreed. The target put ``num_corrections`` tokens in place of what
+    it doubted; those at ``corrected_places`` stand in the step. One that passed with such ones is
+    "corrected".
     """
 
     index: int
@@ -82,6 +83,7 @@ class StepRecord:
     num_reused: int = 0
     is_fallback: bool = False
     num_spared: int = 0
+    num_corrections: int = 0
     corrected_places: tuple[int, ...] = ()
 
     @property
@@ -98,7 +100,7 @@ class Stats:
     ``num_target_tokens`` were written by the target one by one; ``num_verified_tokens`` it read in
     parallel passes (catching up included). Token-level speculation kept ``num_kept_tokens`` of the
     ``num_guessed_tokens`` that the draft guessed for it. ``num_corrected_steps`` passed once the
-    target had put a token or more of its own in them, which are among those it wrote. Rewritten
+    target had put a token or more of its own in them, ``num_corrections`` times in all. Rewritten
     steps begin with ``num_reused_tokens`` that the target would have written anyway. Drafting was
     switched off ``num_fallbacks`` times, for ``num_fallback_steps`` in all;
     ``num_spared_candidates`` were not drawn.
@@ -123,6 +125,7 @@ class Stats:
     num_fallbacks: int = 0
     num_fallback_steps: int = 0
     num_spared_candidates: int = 0
+    num_corrections: int = 0
     num_corrected_steps: int = 0
 
 
@@ -284,6 +287,7 @@ def summarise(
         ),
         num_fallback_steps=sum(step.is_fallback for step in steps),
         num_spared_candidates=sum(step.num_spared for step in steps),
+        num_corrections=sum(step.num_corrections for step in steps),
         num_corrected_steps=sum(step.decision == "corrected" for step in steps),
     )
 
