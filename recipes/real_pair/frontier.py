@@ -131,7 +131,7 @@ def table(rows: list[dict[str, Any]], figures: tuple[float, float, float]) -> st
     default=(0.41, 1.0, 0.045),
     show_default=True,
     type=(float, float, float),
-    help="In the target's decode steps: a token of the draft, a pass that verifies, each token in it.",
+    help="In decode steps of the target: a token of the draft, a verifying pass, each token in it.",
 )
 def main(
     pair: Path,
