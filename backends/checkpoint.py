@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from specguard.backends.gguf import GGUF, gguf_in, is_gguf_path, open_gguf
 from specguard.core.errors import SpecguardError, UsageError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -110,6 +111,10 @@ def open_checkpoint(source: str) -> Checkpoint:
         SpecguardError: no such folder, not downloaded yet, or config or weights missing, truncated
             or corrupt.
     """
+    if is_gguf(source):
+        raise SpecguardError(
+            f"{source} is a GGUF file, and this backend reads folders", "choose --backend llamacpp"
+        )
     folder = Path(source).expanduser()
     if not folder.is_dir():
         folder = _cached_snapshot(source)
@@ -125,16 +130,70 @@ def open_checkpoint(source: str) -> Checkpoint:
     )
 
 
+def open_model(source: str) -> Checkpoint | GGUF:
+    """The checkpoint or the GGUF file that a source leads to.
+
+    Raises:
+        SpecguardError: as of `open_checkpoint` and `read_gguf`.
+    """
+    return read_gguf(source) if is_gguf(source) else open_checkpoint(source)
+
+
+def is_gguf(source: str) -> bool:
+    """Whether a source is a GGUF file, there or not, or a folder or a hub repo with one.
+
+    Raises:
+        UsageError: there are several.
+    """
+    path = Path(source).expanduser()
+    if is_gguf_path(source) and not path.is_dir():
+        return True
+    return _gguf_in(source) is not None
+
+
+def _gguf_in(source: str) -> Path | None:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return gguf_in(folder)
+    if not is_hub_id(source):
+        return None
+    try:
+        return gguf_in(_cached_snapshot(source))
+    except UsageError:
+        raise
+    except SpecguardError:  # nothing is on this disk
+        return None
+
+
+def read_gguf(source: str) -> GGUF:
+    """The GGUF file of a source, its metadata checked.
+
+    Raises:
+        SpecguardError: there is none, it is no GGUF file or a truncated one, a part is missing, or
+            its numbers make no sense.
+    """
+    path = Path(source).expanduser()
+    found = path if path.is_file() else _gguf_in(source)
+    if found is None:
+        raise SpecguardError(
+            f"there is no GGUF file {source!r}", "give a file, or a folder or hub repo with one"
+        )
+    return open_gguf(source, found)
+
+
 def is_hub_id(source: str) -> bool:
-    """Whether this reads as the id of a model on the hub, and is no folder here."""
+    """Whether this reads as the id of a model on the hub, and is no path here."""
     is_path = source.startswith((".", "/", "~")) or Path(source).expanduser().is_dir()
+    is_path = is_path or is_gguf_path(source)
     return not is_path and _HUB_ID.fullmatch(source) is not None
 
 
 def is_on_disk(source: str) -> bool:
-    """Whether `open_checkpoint` would find a folder with weights."""
+    """Whether `open_model` would find weights."""
     folder = Path(source).expanduser()
     try:
+        if is_gguf(source):
+            return not is_gguf_path(source) or folder.is_file()
         _weight_files(folder if folder.is_dir() else _cached_snapshot(source))
     except SpecguardError:
         return False

@@ -8,12 +8,14 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Protocol, cast, runtime_checkable
 
+from specguard.backends.checkpoint import is_gguf
 from specguard.backends.memory import Demand, ModelSize
 from specguard.core.engine import Engine
 from specguard.core.errors import SpecguardError, UsageError
 
 ENTRY_POINT_GROUP = "specguard.backends"
 AUTO = "auto"
+GGUF_BACKEND = "llamacpp"
 # Name to "module:attribute"; the attribute is a `Backend`, its module imports no framework.
 BUILT_IN: Mapping[str, str] = {
     "mlx": "specguard.backends.mlx.backend:MLX",
@@ -21,6 +23,7 @@ BUILT_IN: Mapping[str, str] = {
     "mps": "specguard.backends.pytorch.backend:MPS",
     "cpu": "specguard.backends.pytorch.backend:CPU",
     "vllm": "specguard.backends.vllm.backend:VLLM",
+    "llamacpp": "specguard.backends.llamacpp.backend:LLAMACPP",
 }
 
 
@@ -42,7 +45,7 @@ class Backend(Protocol):
 
     @property
     def weights(self) -> str:
-        """Which of a pair's checkpoints it loads: ``torch`` or ``mlx``."""
+        """Which of a pair's checkpoints it loads: ``torch``, ``mlx`` or ``gguf``."""
 
     def status(self) -> BackendStatus:
         """Whether it works here, found out without loading a model."""
@@ -155,6 +158,24 @@ def choose_backend(name: str) -> tuple[str, Backend, str | None]:
     return base, backend, name if number else None
 
 
+def backend_for(source: str | None, wanted: str) -> str:
+    """The backend that a model asks for, where ``auto`` is wanted; else the wanted one.
+
+    Raises:
+        UsageError: the model is of a kind that another backend than the wanted one reads.
+    """
+    if source is None or not is_gguf(source):
+        return wanted
+    if wanted == AUTO:
+        return GGUF_BACKEND
+    if wanted in BUILT_IN and wanted != GGUF_BACKEND:
+        raise UsageError(
+            f"{source} is a GGUF file, which the backend {wanted!r} does not read",
+            f"leave --backend out, or choose {GGUF_BACKEND}; --draft-backend is the draft's own",
+        )
+    return wanted
+
+
 def arguments_by_role(
     arguments: Mapping[str, str], backends: Mapping[str, str]
 ) -> dict[str, dict[str, str]]:
@@ -180,7 +201,9 @@ def arguments_by_role(
         roles = {role} & backends.keys() if dot else takers
         if not roles or not roles <= takers:
             whose = f"the {role}'s engine" if dot else "the backend " + backends_named(backends)
-            raise UsageError(f"{whose} takes no engine arguments: {given}", "--backend vllm does")
+            raise UsageError(
+                f"{whose} takes no engine arguments: {given}", "--backend vllm and llamacpp do"
+            )
         for each in roles:
             found[each][name if dot else given] = value
     return found

@@ -169,10 +169,10 @@ def _report(rows: list[dict[str, Any]], solver: Solver, output: Path) -> None:
 
 
 def _num_parameters(solver: Solver) -> tuple[int, int]:
-    from specguard.backends.checkpoint import open_checkpoint
+    from specguard.backends.checkpoint import open_model
 
     counts = [
-        open_checkpoint(model.name).num_parameters if model is not None else 0
+        open_model(model.name).num_parameters if model is not None else 0
         for model in (solver.draft, solver.target)
     ]
     return counts[0], counts[1]

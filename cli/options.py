@@ -137,13 +137,15 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
                 help="Model pair, see specguard models.",
             ),
             click.option(
-                "--draft", metavar="MODEL", help="Draft: a folder or a downloaded hub id."
+                "--draft",
+                metavar="MODEL",
+                help="Draft: a folder, a GGUF file or a downloaded hub id.",
             ),
             click.option("--target", metavar="MODEL", help="Target: likewise."),
             click.option(
                 "--backend",
                 default="auto",
-                metavar="[auto|mlx|cuda|cuda:N|mps|cpu|vllm]",
+                metavar="[auto|mlx|cuda|cuda:N|mps|cpu|vllm|llamacpp]",
                 help="Where to run, see specguard backends.",
             ),
             click.option(
@@ -162,8 +164,8 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
                 "engine_args",
                 multiple=True,
                 metavar="NAME=VALUE",
-                help="An argument of vLLM's engine, for both models; draft.NAME or target.NAME: "
-                "for one.",
+                help="An argument of vLLM or llama.cpp, for both models; draft.NAME or "
+                "target.NAME: for one.",
             ),
             click.option(
                 "--profile",

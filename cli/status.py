@@ -15,7 +15,7 @@ from rich.filesize import decimal
 from rich.live import Live
 from rich.text import Text
 
-from specguard.backends.checkpoint import open_checkpoint
+from specguard.backends.checkpoint import open_model
 from specguard.core import PhaseBegan, Progress, SpecguardError
 from specguard.core.config import Method
 from specguard.core.records import Phase
@@ -91,7 +91,7 @@ class Loading:
     def begin(self, source: str) -> None:
         """A model is loaded from now on, or what drafting costs is measured."""
         try:
-            num_bytes = open_checkpoint(source).num_bytes
+            num_bytes = open_model(source).num_bytes
         except SpecguardError:  # what a third party's backend loads may be anything
             num_bytes = 0
         self._num_bytes, self._num_before, self._num_read = num_bytes, self._taken_in(), 0

@@ -16,7 +16,7 @@ from typing import Any
 import cattrs
 import tomli_w
 
-from specguard.backends.checkpoint import is_on_disk, open_checkpoint
+from specguard.backends.checkpoint import is_on_disk, open_model
 from specguard.core.config import Author, VerifierConfig
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.files import write_atomically
@@ -182,9 +182,9 @@ def _read(file: Path) -> Profile:
 
 def fingerprint(source: str) -> str:
     """A short digest of a checkpoint: its shape, and samples of its weights."""
-    checkpoint = open_checkpoint(source)
-    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
-    for path in sorted(checkpoint.folder.glob("*.safetensors")):
+    model = open_model(source)
+    digest = hashlib.sha256(json.dumps(model.config, sort_keys=True).encode())
+    for path in sorted(model.weight_files):
         size = path.stat().st_size
         digest.update(str(size).encode())
         with path.open("rb") as file:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from specguard.backends.checkpoint import is_hub_id, is_on_disk, open_checkpoint
+from specguard.backends.checkpoint import is_hub_id, is_on_disk, open_model
 from specguard.backends.memory import check_memory
 from specguard.backends.registry import (
     AUTO,
@@ -12,6 +12,7 @@ from specguard.backends.registry import (
     MeasuredBackend,
     TunableBackend,
     arguments_by_role,
+    backend_for,
     choose_backend,
 )
 from specguard.core import (
@@ -82,14 +83,14 @@ def load(
     Args:
         pair: a pair's name; None takes the user's choice, else a preset on this disk, else the
             built-in pair.
-        backend: ``auto``, ``mlx``, ``cuda``, ``cuda:N``, ``mps``, ``cpu``, ``vllm``, or a third
-            party's.
+        backend: ``auto``, ``mlx``, ``cuda``, ``cuda:N``, ``mps``, ``cpu``, ``vllm``,
+            ``llamacpp``, or a third party's; ``auto`` is ``llamacpp`` for a GGUF file.
         draft_backend: of the draft alone, where it runs elsewhere than the target.
-        draft: a folder or downloaded hub id in place of the pair's draft.
+        draft: a folder, a GGUF file or a downloaded hub id in place of the pair's draft.
         target: the same for the target.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        engine_args: arguments of vLLM's engine, by name; ``draft.name`` and ``target.name`` are for
-            one of the two.
+        engine_args: arguments of vLLM's or llama.cpp's engine, by name; ``draft.name`` and
+            ``target.name`` are for one of the two.
         trust_remote_code: run Python code that comes with a checkpoint.
         profile: a fitted verifier, see ``specguard calibrate``; None takes one that fits these
             models, if there is one, and "none" leaves it out.
@@ -118,10 +119,10 @@ def load(
     )
     if profile is not None and choice.profile is not None:
         choice.profile.check(sources)
-    models = [(source, choice.backends[role]) for role, source in sources.items()]
+    models = [(source, choice.backends[role], arguments[role]) for role, source in sources.items()]
     needs_judge = reward is not None or config.method == "rsd"
     if needs_judge:
-        models.append((_reward_source(choice.pair, reward), backend))
+        models.append((_reward_source(choice.pair, reward), backend, {}))
     num_drafted = config.num_candidates * config.max_step_tokens if config.is_stepwise else 0
     num_written = config.max_tokens or typical_tokens(config.thinking)
     _check_memory(models, num_written + num_drafted, dtype)
@@ -168,7 +169,7 @@ def load_reward(
         SpecguardError: it cannot be used, or does not fit into the memory.
     """
     source = _reward_source(pair, reward)
-    _check_memory([(source, backend)], typical_tokens(), dtype)
+    _check_memory([(source, backend, {})], typical_tokens(), dtype)
     if progress is not None:
         progress(source)
     from specguard.backends.reward import load_reward_model
@@ -190,7 +191,10 @@ def choose(
         UsageError: unknown names.
         SpecguardError: a backend is not usable, or the profile cannot be read.
     """
-    backends: dict[Author, str] = {"draft": draft_backend or backend, "target": backend}
+    backends: dict[Author, str] = {
+        "draft": backend_for(draft, draft_backend or backend),
+        "target": backend_for(target, backend),
+    }
     implementations: dict[Author, Backend] = {}
     for role, wanted in backends.items():
         name, implementations[role], device = choose_backend(wanted)
@@ -203,12 +207,12 @@ def choose(
         chosen, is_fallback = find_pair(pair), False
     else:
         chosen, is_fallback = _default_pair(weights["target"])
-    pair_draft = chosen.sources(weights["draft"])[0]
-    pair_target = chosen.sources(weights["target"])[1]
-    if draft is not None or target is not None:
+    is_changed = draft is not None or target is not None
+    draft = draft or chosen.sources(weights["draft"])[0]
+    target = target or chosen.sources(weights["target"])[1]
+    if is_changed:
         # Bounds are those of the two models, and what they can solve; the rest still holds.
         chosen = replace(chosen, verifier=replace(chosen.verifier, bounds={}), check=None)
-    draft, target = draft or pair_draft, target or pair_target
     fitted = choose_profile(profile, draft, target)
     return Choice(chosen, draft, target, backends, is_fallback, fitted)
 
@@ -276,7 +280,8 @@ def _are_one(draft: str, target: str) -> bool:
     """Whether two sources lead to the same model."""
     if not (is_on_disk(draft) and is_on_disk(target)):
         return draft == target
-    return open_checkpoint(draft).folder.resolve() == open_checkpoint(target).folder.resolve()
+    files = ([path.resolve() for path in open_model(each).weight_files] for each in (draft, target))
+    return next(files) == next(files)
 
 
 def _check_downloaded(choice: Choice, sources: dict[Author, str]) -> None:
@@ -324,11 +329,18 @@ def _reward_source(pair: ModelPair | None, reward: str | None) -> str:
     return source
 
 
-def _check_memory(models: Sequence[tuple[str, str]], num_tokens: int, dtype: str) -> None:
-    """Refuse what does not fit before any of it is loaded; ``models`` are sources and backends."""
+def _check_memory(
+    models: Sequence[tuple[str, str, Mapping[str, str]]], num_tokens: int, dtype: str
+) -> None:
+    """Refuse what does not fit before any of it is loaded.
+
+    ``models`` are sources, backends and the arguments of their engines.
+    """
     demands = []
-    for source, name in models:
+    for source, name, arguments in models:
         _, backend, device = choose_backend(name)
+        if arguments and isinstance(backend, TunableBackend):
+            backend = backend.with_arguments(arguments)
         if isinstance(backend, MeasuredBackend):
             demands.append(backend.demand(source, dtype, device))
     check_memory(demands, PROMPT_TOKENS + num_tokens)

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
 from specguard.backends.local.engine import LocalEngine
 from specguard.core import Engine
+from tests import fake_llama
 from tests.reference import ReferenceEngine
 
-LOCAL_ENGINES = ("torch", "torch, late", "mlx")
+LOCAL_ENGINES = ("torch", "torch, late", "mlx", "fake llamacpp", "llamacpp")
 
 
 def load(name: str, folder: Path) -> Engine:
@@ -26,12 +28,39 @@ def load_local(name: str, folder: Path) -> LocalEngine:
         from specguard.backends.mlx.loading import load_model as load_mlx
 
         return load_mlx(str(folder))
+    if name.startswith("llamacpp"):
+        return load_gguf(folder)
+    if name.startswith("fake llamacpp"):
+        return fake_llama.load(folder)
     from specguard.backends.pytorch.loading import load_model
 
     engine = load_model(str(folder))
     if name.endswith("late"):
         engine.layer.reads_late = True  # type: ignore[misc]
     return engine
+
+
+def load_gguf(folder: Path, **arguments: str) -> LocalEngine:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    from specguard.backends.llamacpp.loading import load_model
+
+    engine = load_model(str(gguf_of(folder)), "auto", {"n_threads": "1", **arguments})
+    # llama.cpp ends by <|endoftext|>, too, which random weights draw now and then.
+    engine.tokenizer.eos_ids = frozenset({2})  # type: ignore[misc]
+    return engine
+
+
+def gguf_of(folder: Path) -> Path:
+    """A checkpoint as a GGUF file, in float32, written once."""
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    from recipes.gguf import write
+
+    path = Path(_files.name) / f"{len(_written)}.gguf"
+    return _written.get(folder) or _written.setdefault(folder, write(folder, path))
+
+
+_files = TemporaryDirectory()
+_written: dict[Path, Path] = {}
 
 
 def over(layer: Any, engine: LocalEngine) -> LocalEngine:

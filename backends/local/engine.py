@@ -33,8 +33,9 @@ _SHORTEST_BEGINNING = 8  # tokens; a shorter one costs less to read than to copy
 class LocalEngine:
     """An `Engine` over a tensor layer. Make one with a backend's ``load``.
 
-    ``attention_refusal`` says why attention cannot be captured; ``note`` is something that the user
-    should know of how the model is run.
+    ``attention_refusal`` says why attention cannot be captured, ``randomness_refusal`` why others
+    may draw otherwise by the same uniforms; ``note`` is something that the user should know of how
+    the model is run.
     """
 
     def __init__(
@@ -45,15 +46,17 @@ class LocalEngine:
         context_limit: int,
         attention_refusal: str | None = None,
         note: str = "",
+        randomness_refusal: str | None = None,
     ) -> None:
         self.name, self.tokenizer, self.context_limit = name, tokenizer, context_limit
         self.layer = layer
         self.note = note
-        is_captured = attention_refusal is None
-        self.features = ALL_FEATURES if is_captured else ALL_FEATURES - {"attention"}
         self.reasons: dict[Feature, str] = {}
         if attention_refusal is not None:
             self.reasons["attention"] = attention_refusal
+        if randomness_refusal is not None:
+            self.reasons["exact randomness"] = randomness_refusal
+        self.features = ALL_FEATURES - self.reasons.keys()
         self._pieces = PieceTable(tokenizer)
         self._kept: dict[Hashable, KeptSequence] = {}
         self._lock = RLock()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from specguard.backends.checkpoint import is_on_disk, open_checkpoint
+from specguard.backends.checkpoint import is_on_disk, open_model
 from specguard.backends.registry import choose_backend
 from specguard.core.config import TARGET_SELECTOR, Author, SolveConfig
 from specguard.core.errors import SpecguardError
@@ -144,5 +144,5 @@ def _cost_by_size(conditions: Conditions) -> DraftCost | None:
     names = [conditions[role]["name"] for role in ("draft", "target")]
     if not all(map(is_on_disk, names)):
         return None
-    draft, target = map(open_checkpoint, names)
+    draft, target = map(open_model, names)
     return DraftCost(draft.num_bytes / target.num_bytes, source="sizes")

@@ -11,7 +11,16 @@ from tests.engines import load, spoil_new_memory
 from tests.reference import ReferenceEngine
 
 # "plain" is with the reference switch on.
-ENGINES = ("reference", "torch", "torch, late", "torch, plain", "mlx", "mlx, plain")
+ENGINES = (
+    "reference",
+    "torch",
+    "torch, late",
+    "torch, plain",
+    "mlx",
+    "mlx, plain",
+    "fake llamacpp",
+    "llamacpp",
+)
 
 
 @pytest.fixture(scope="module", params=ENGINES)

@@ -154,7 +154,16 @@ def test_several_threads_share_an_engine(engine: Engine, draft: Engine) -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize("names", [("torch", "mlx"), ("mlx", "torch"), ("reference", "torch")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("torch", "mlx"),
+        ("mlx", "torch"),
+        ("reference", "torch"),
+        ("torch", "llamacpp"),
+        ("llamacpp", "torch"),
+    ],
+)
 @pytest.mark.parametrize("settings", SETTINGS[:4], ids=lambda settings: ", ".join(settings))
 def test_draft_and_target_may_be_on_different_engines(
     names: tuple[str, str],

@@ -1,0 +1,1 @@
+"""llama.cpp in this process: GGUF files at its own speed, behind the driver that ours share."""
