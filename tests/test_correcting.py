@@ -1,11 +1,14 @@
 """The target puts a token in place of the one that it doubts, and the draft goes on behind it."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import specguard
 from specguard.core import (
     DraftCost,
     GenerateJob,
@@ -19,6 +22,7 @@ from specguard.core import (
     VerifierConfig,
 )
 from specguard.core.fallback import Fallback
+from specguard.models.tiny import problems
 from specguard.wording import acceptance, label
 from tests.scripted import Scripted
 
@@ -206,3 +210,32 @@ def test_corrections_need_a_target_that_doubts() -> None:
         with pytest.raises(UsageError):
             VerifierConfig(**{"num_corrections": 1, **changes})  # type: ignore[arg-type]
     assert VerifierConfig(num_corrections=3).asking("draft").num_corrections == 0
+
+
+@pytest.fixture(scope="module")
+def built_in() -> tuple[Solver, list[str]]:
+    solver = specguard.load("tiny", draft_cost=None, backend="cpu")
+    verifier = {"rewrite_from": "doubt", "num_corrections": 3, "threshold": 0.95}
+    solver.config = replace(solver.config, verifier=replace(solver.config.verifier, **verifier))
+    return solver, [each.text for each in islice(problems.stream(problems.HELD_OUT), 12)]
+
+
+def test_neither_a_batch_nor_a_kept_sequence_changes_a_corrected_solution(
+    built_in: tuple[Solver, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Corrections go on from branches of what was scored and drawn before."""
+    solver, texts = built_in
+    together = {done.index: done.solution for done in specguard.solve_many(solver, texts)}
+    decisions = [step.decision for found in together.values() if found for step in found.steps]
+    assert {"accepted", "corrected"} <= set(decisions)
+    monkeypatch.setenv("SPECGUARD_REFERENCE", "1")
+    plain = specguard.load("tiny", draft_cost=None, backend="cpu")
+    plain.config = solver.config
+    for index, text in enumerate(texts):
+        found = together[index]
+        assert found is not None
+        for other in solver.solve(text), plain.solve(text):
+            assert other.text == found.text
+            assert [s.corrected_places for s in other.steps] == [
+                s.corrected_places for s in found.steps
+            ]
