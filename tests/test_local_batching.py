@@ -286,7 +286,8 @@ def test_ctrl_c_in_the_middle_of_a_pass_frees_everything(loaded: LocalEngine) ->
         timer.start()
         list(solve_many(solver, ["Some problem.", "Another one."] * 3, batch_size=3))
         timer.join()
-        time.sleep(0.001)  # Python hears of a signal a little later
+        for _ in range(1000):  # Python hears of a signal a little later
+            time.sleep(0.001)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -275,7 +276,12 @@ def test_ctrl_c_says_what_is_kept(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "specguard", "solve", COST, "--problems", str(path)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [*command, "--output", str(folder)], stderr=subprocess.PIPE, env=environment, text=True
+        [*command, "--output", str(folder)],
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+        # A test that was started in the background is deaf to it.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     file = folder / "solutions.jsonl"
     while not (file.exists() and file.read_bytes().count(b"\n") >= 2):
