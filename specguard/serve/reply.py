@@ -53,9 +53,14 @@ class Reply:
         # A stop sequence may have begun in what is there already.
         start = max(0, len(self.text) - max(map(len, self._stop), default=0))
         self.text += new
-        found = [place for stop in self._stop if (place := self.text.find(stop, start)) >= 0]
+        # The one that was complete first counts, however the text is cut into pieces.
+        found = [
+            (place + len(stop), place)
+            for stop in self._stop
+            if (place := self.text.find(stop, start)) >= 0
+        ]
         if found:
-            self.text = self.text[: min(found)]
+            self.text = self.text[: min(found)[1]]
             self.is_stopped = True
         sure = len(self.text) if self.is_stopped else self._num_sure()
         if self._tools:

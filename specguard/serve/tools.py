@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 OPENING = "<tool_call>"
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_CALL = re.compile(r"<tool_call>((?:(?!<tool_call>).)*?)</tool_call>", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
