@@ -59,12 +59,10 @@ def run(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
 
 
 async def outcome(flight: Flight) -> Outcome:
-    last = None
     async with aclosing(flight.events()) as events:
-        async for _, last in events:
-            pass
-    assert isinstance(last, Outcome)
-    return last
+        happened = [event async for _, event in events]
+    assert isinstance(happened[-1], Outcome)
+    return happened[-1]
 
 
 async def until(is_so: Callable[[], bool]) -> None:

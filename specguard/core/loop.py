@@ -12,11 +12,10 @@ import numpy as np
 
 from specguard.core.checks import check_problem
 from specguard.core.config import TARGET_SELECTOR, Author, SolveConfig
-from specguard.core.context import ProblemContext
+from specguard.core.context import ProblemContext, concatenated
 from specguard.core.engine import (
     Candidate,
     Capture,
-    FloatArray,
     Observation,
     Prompt,
     Sampling,
@@ -327,12 +326,8 @@ def _joined(beginning: WrittenStep, rest: WrittenStep) -> WrittenStep:
     return WrittenStep(
         beginning.token_ids + rest.token_ids,
         rest.finish,
-        _concatenated(beginning.token_logprobs, rest.token_logprobs),
-        _concatenated(beginning.token_entropies, rest.token_entropies),
+        concatenated(beginning.token_logprobs, rest.token_logprobs),
+        concatenated(beginning.token_entropies, rest.token_entropies),
         num_reused=beginning.num_reused,
         corrected_places=beginning.corrected_places,
     )
-
-
-def _concatenated(first: FloatArray | None, second: FloatArray | None) -> FloatArray | None:
-    return None if first is None or second is None else np.concatenate([first, second])
