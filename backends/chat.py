@@ -4,7 +4,7 @@ Whatever encodes a text and renders messages; both kinds of tokenizers are built
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specguard.core.engine import Prompt
@@ -13,6 +13,7 @@ from specguard.core.text import END_THINK
 
 _THINKING_SWITCH = "enable_thinking"
 _STAND_IN = "\ue000problem\ue000"
+Message = Mapping[str, Any]  # "role", "content" and what else a template knows
 
 
 class ChatTokenizer(ABC):
@@ -28,7 +29,7 @@ class ChatTokenizer(ABC):
         """
 
     @abstractmethod
-    def render(self, messages: list[dict[str, str]], options: Mapping[str, Any]) -> str:
+    def render(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
         """Messages in the chat template, up to where the model goes on."""
 
     def encode_prompt(self, problem: str, system_prompt: str | None, thinking: bool) -> Prompt:
@@ -39,21 +40,49 @@ class ChatTokenizer(ABC):
         Raises:
             UsageError: thinking is asked of a template that knows none.
         """
-        problem = problem.strip()
-        text = self._render(problem, system_prompt, thinking)
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        return self.encode_chat([*system, {"role": "user", "content": problem}], (), thinking)
+
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], thinking: bool
+    ) -> Prompt:
+        """A conversation; the problem is its last user message, and what tools have said since.
+
+        Raises:
+            UsageError: no user message, or something that the template has no place for.
+        """
+        asked = last_user_message(messages)
+        problem = str(messages[asked]["content"]).strip()
+        options = self._options(tools, thinking)
+
+        def rendered(content: str) -> str:
+            changed = {**messages[asked], "content": content}
+            return self._render([*messages[:asked], changed, *messages[asked + 1 :]], options)
+
+        text = rendered(problem)
         # The problem's words may stand in the template too: a stand-in shows where it goes.
-        start = self._render(_STAND_IN, system_prompt, thinking).find(_STAND_IN)
+        start = rendered(_STAND_IN).find(_STAND_IN)
         if start < 0 or not text.startswith(problem, start):
             raise SpecguardError("the chat template changes the text of the problem")
+        stop = start + len(problem)
+        for message in messages[asked + 1 :]:
+            if message["role"] == "tool" and (said := str(message["content"]).strip()):
+                stop = max(stop, text.rfind(said) + len(said))
+        return self._prompt(text, start, stop)
+
+    def encode_text(self, text: str) -> Prompt:
+        """A text that the model is to go on with, as it is; all of it is the problem."""
+        token_ids, _ = self.encoded(text, is_whole=True)
+        return Prompt(tuple(token_ids), (0, len(token_ids)))
+
+    def _prompt(self, text: str, start: int, stop: int) -> Prompt:
         token_ids, places = self.encoded(text, is_whole=not self.chat_template)
         inside = [
-            index
-            for index, (first, last) in enumerate(places)
-            if first < start + len(problem) and last > start
+            index for index, (first, last) in enumerate(places) if first < stop and last > start
         ]
         return Prompt(tuple(token_ids), (inside[0], inside[-1] + 1))
 
-    def _render(self, problem: str, system_prompt: str | None, thinking: bool) -> str:
+    def _options(self, tools: Sequence[Mapping[str, Any]], thinking: bool) -> dict[str, Any]:
         template = self.chat_template
         has_switch = _THINKING_SWITCH in template
         # A template that cuts thinking out of earlier turns is of a model that always thinks.
@@ -61,23 +90,59 @@ class ChatTokenizer(ABC):
             raise UsageError(
                 "this model's chat template has no switch for thinking", "leave --thinking out"
             )
-        in_front = f"{system_prompt}\n\n{problem}" if system_prompt else problem
-        if not template:
-            return f"{in_front}\n\n"
-        options = {_THINKING_SWITCH: thinking} if has_switch else {}
-        user = {"role": "user", "content": problem}
-        if system_prompt:
+        if tools and "tools" not in template:
+            raise UsageError("this model's chat template has no place for tools", "leave them out")
+        options: dict[str, Any] = {_THINKING_SWITCH: thinking} if has_switch else {}
+        return {**options, "tools": list(tools)} if tools else options
+
+    def _render(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
+        if not self.chat_template:
+            return _transcript(messages)
+        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+        if system:
             try:
-                text = self.render([{"role": "system", "content": system_prompt}, user], options)
+                text = self.render([dict(message) for message in messages], options)
             except Exception:
                 text = ""
-            if system_prompt.strip() in text:
+            if system.strip() in text:
                 return text
-            user["content"] = in_front
+            messages = _without_system(messages)
         try:
-            return self.render([user], options)
+            return self.render([dict(message) for message in messages], options)
         except Exception as error:
             raise UsageError(f"the chat template refuses this prompt: {one_line(error)}") from error
+
+
+def last_user_message(messages: Sequence[Message]) -> int:
+    """Where a conversation asks what it is about.
+
+    Raises:
+        UsageError: nowhere.
+    """
+    for index in reversed(range(len(messages))):
+        if messages[index]["role"] == "user" and str(messages[index]["content"]).strip():
+            return index
+    raise UsageError("a conversation needs a message of the user")
+
+
+def _without_system(messages: Sequence[Message]) -> list[Message]:
+    """What the system prompt says, in front of what the user says first."""
+    system, *others = messages
+    first = next(index for index, message in enumerate(others) if message["role"] == "user")
+    content = f"{system['content']}\n\n{others[first]['content']}"
+    return [*others[:first], {**others[first], "content": content}, *others[first + 1 :]]
+
+
+def _transcript(messages: Sequence[Message]) -> str:
+    """Without a template: the problem alone, or who said what."""
+    heads = {message["role"] for message in messages} - {"system"}
+    told = [
+        message["content"]
+        if heads == {"user"} or message["role"] == "system"
+        else f"{str(message['role']).capitalize()}: {message['content']}"
+        for message in messages
+    ]
+    return "\n\n".join([*told, ""] if heads == {"user"} else [*told, "Assistant:"])
 
 
 def is_padding(name: str, number: int) -> bool:

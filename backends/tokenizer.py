@@ -81,7 +81,7 @@ class FolderTokenizer(ChatTokenizer):
         encoded = self._tokenizer(text, add_special_tokens=is_whole, return_offsets_mapping=True)
         return encoded["input_ids"], encoded["offset_mapping"]
 
-    def render(self, messages: list[dict[str, str]], options: Mapping[str, Any]) -> str:
+    def render(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
         """Messages in the chat template."""
         text: str = self._tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **options

@@ -13,6 +13,7 @@ from specguard.cli.completion import completion
 from specguard.cli.groups import Commands, example
 from specguard.cli.models import models
 from specguard.cli.profiles import profiles
+from specguard.cli.serve import serve
 from specguard.cli.solve import solve
 from specguard.cli.trace import trace
 
@@ -33,6 +34,7 @@ def main() -> None:
 
 for command, arguments in {
     solve: f'solve "{_PROBLEM}"',
+    serve: "serve --port 8000",
     models: "models use qwen3",
     backends: "backends",
     trace: "trace solution.json",

@@ -244,11 +244,16 @@ def configure(choice: Choice, **settings: Any) -> SolveConfig:
     if settings.get("thinking", config.thinking):
         config = replace(config, sampling=THINKING_SAMPLING, rewrite_sampling=THINKING_SAMPLING)
     if isinstance(settings.get("verifier"), Mapping):
-        settings["verifier"] = _changed(config.verifier, settings["verifier"])
+        settings["verifier"] = changed_verifier(config.verifier, settings["verifier"])
     return Solver(config=config).configured(**settings)
 
 
-def _changed(verifier: VerifierConfig, changes: Mapping[str, Any]) -> VerifierConfig:
+def changed_verifier(verifier: VerifierConfig, changes: Mapping[str, Any]) -> VerifierConfig:
+    """A verifier with changes; what they make impossible of it is dropped.
+
+    Raises:
+        UsageError: an unknown setting, or a value that `VerifierConfig` refuses.
+    """
     unknown = changes.keys() - set(VerifierConfig.__dataclass_fields__)
     if unknown:
         raise UsageError(f"no setting of a verifier is called {min(unknown)!r}")

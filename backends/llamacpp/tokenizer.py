@@ -98,7 +98,7 @@ class GGUFTokenizer(ChatTokenizer):
         characters = _characters(content)
         return token_ids, [(characters[first], characters[last]) for first, last in pairwise(ends)]
 
-    def render(self, messages: list[dict[str, str]], options: Mapping[str, Any]) -> str:
+    def render(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
         """Messages in the chat template."""
         return str(
             self._template.render(

@@ -27,7 +27,7 @@ from specguard.core.engine import (
 from specguard.core.grounding import source_mask
 from specguard.core.progress import Announcer, Observer
 from specguard.core.randomness import Purpose, job_seed, uniforms
-from specguard.core.text import END_THINK, THINK, PieceTable, after_thinking
+from specguard.core.text import END_THINK, THINK, PieceTable, after_thinking, opens_code_block
 
 _NUM_OPENING = 16  # tokens that show whether a text begins with thinking
 
@@ -36,7 +36,8 @@ class ProblemContext:
     """The prompt, the tokens that were written behind it, and the engines.
 
     ``step`` numbers the step in hand: it is part of what its randomness is keyed by.
-    ``num_verified_tokens`` counts what the target read in parallel.
+    ``num_verified_tokens`` counts what the target read in parallel; ``is_in_code`` says whether the
+    text before the step ends in an open block of code.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class ProblemContext:
         self.token_ids = prompt.token_ids
         self.step = 0
         self.num_verified_tokens = 0
+        self.is_in_code = False
         self._problem = problem
         self._keys = {author: (object(), author) for author in engines}
         self._num_known = len(prompt.token_ids)  # of the text, by the target
@@ -135,7 +137,10 @@ class ProblemContext:
         candidates = await self.run(author, job)
         if listener is not None:
             listener.finish(candidates)
-        return candidates
+        return [
+            await self._with_whole_code(author, job, index, candidate)
+            for index, candidate in enumerate(candidates)
+        ]
 
     async def corrected(self, author: Author, begun: tuple[int, ...], number: int) -> Candidate:
         """The step in hand that has ``begun`` so, gone on with; none of it is part of the text.
@@ -156,8 +161,44 @@ class ProblemContext:
             uniforms=self.draws(Purpose.CORRECT, number + 1, boundary.max_tokens)[number:],
         )
         [rest] = await self.engines[author].generate(job)
+        rest = await self._with_whole_code(author, job, 0, rest)
         token_ids = begun + rest.token_ids
         return Candidate(token_ids, self.tokenizer.decode(token_ids), np.empty(0), rest.finish)
+
+    def is_code_open(self, token_ids: Sequence[int]) -> bool:
+        """Whether a step of these tokens, so far, ends in an open block of code."""
+        return opens_code_block(self.tokenizer.decode(token_ids), self.is_in_code)
+
+    async def _with_whole_code(
+        self, author: Author, job: GenerateJob, index: int, candidate: Candidate
+    ) -> Candidate:
+        """A candidate of a job, gone on with where it ends at a blank line in a block of code.
+
+        Engines know delimiters and nothing of code: what a block holds is one step.
+        """
+        while candidate.finish == "delimiter":
+            token_ids = candidate.token_ids
+            begun, num_drawn = job.boundary.begun + token_ids, len(token_ids)
+            room = job.boundary.max_tokens - num_drawn
+            if room < 1 or not self.is_code_open(begun):
+                break
+            uniforms = None if job.uniforms is None else job.uniforms[[index], num_drawn:]
+            listener = self.announcer.listener(author, job.first_candidate + index)
+            rest_job = replace(
+                job,
+                prefix=job.prefix + token_ids,
+                num_candidates=1,
+                boundary=replace(job.boundary, max_tokens=room, begun=begun),
+                seed=(job.seed + num_drawn) % 2**63,
+                uniforms=uniforms,
+                first_candidate=0,
+                on_tokens=listener if job.on_tokens is not None else None,
+            )
+            [rest] = await self.run(author, rest_job)
+            if listener is not None and job.on_tokens is not None:
+                listener.finish([rest])
+            candidate = joined(candidate, rest, self.tokenizer.decode(token_ids + rest.token_ids))
+        return candidate
 
     async def run(self, author: Author, job: GenerateJob) -> list[Candidate]:
         """Hand a job on; the target reads what it does not know of the text on the way."""
@@ -214,6 +255,28 @@ class ProblemContext:
     def _saw(self, length: int) -> None:
         self.num_verified_tokens += max(0, length - self._num_known)
         self._num_known = max(self._num_known, length)
+
+
+def joined(first: Candidate, rest: Candidate, text: str) -> Candidate:
+    """One candidate of two that follow each other; ``text`` is that of all tokens."""
+    n, m = len(first.token_ids), len(rest.token_ids)
+    embedding = None
+    if first.embedding is not None and rest.embedding is not None:
+        embedding = (n * first.embedding + m * rest.embedding) / (n + m)
+    return Candidate(
+        first.token_ids + rest.token_ids,
+        text,
+        np.concatenate([first.token_logprobs, rest.token_logprobs]),
+        rest.finish,
+        concatenated(first.token_entropies, rest.token_entropies),
+        embedding,
+        concatenated(first.distributions, rest.distributions),
+    )
+
+
+def concatenated(first: FloatArray | None, rest: FloatArray | None) -> FloatArray | None:
+    """Rows of two parts that follow each other, where both are known."""
+    return None if first is None or rest is None else np.concatenate([first, rest])
 
 
 def opens_thinking(tokenizer: Tokenizer, prompt: Prompt) -> bool:

@@ -12,8 +12,14 @@ import numpy as np
 
 from specguard.core.checks import check_problem
 from specguard.core.config import TARGET_SELECTOR, Author, SolveConfig
-from specguard.core.context import ProblemContext
-from specguard.core.engine import Candidate, Capture, FloatArray, Observation, Sampling
+from specguard.core.context import ProblemContext, concatenated
+from specguard.core.engine import (
+    Candidate,
+    Capture,
+    Observation,
+    Prompt,
+    Sampling,
+)
 from specguard.core.errors import SpecguardError
 from specguard.core.fallback import Fallback
 from specguard.core.pairing import Pair
@@ -31,6 +37,8 @@ from specguard.core.verifier import by_reward, verify
 class Solving:
     """One problem on its way to a solution; its steps are iterated over once.
 
+    ``prompt`` is what the models read of it, None: the problem behind the system prompt.
+
     Raises:
         UsageError: a blank problem, or no text at all.
         SpecguardError: the pair lacks what the settings need, or the problem does not fit the
@@ -44,11 +52,13 @@ class Solving:
         embed: Embedder,
         config: SolveConfig,
         observer: Observer | None = None,
+        prompt: Prompt | None = None,
     ) -> None:
         engines = pair.engines_for(config)
         check_problem(problem)
-        lead = engines.get("target") or engines["draft"]
-        prompt = lead.tokenizer.encode_prompt(problem, config.system_prompt, config.thinking)
+        if prompt is None:
+            tokenizer = pair.tokenizer_for(config)
+            prompt = tokenizer.encode_prompt(problem, config.system_prompt, config.thinking)
         self.problem, self.config = problem, config
         self.context = ProblemContext(engines, prompt, problem_key(problem), config, observer)
         if len(prompt.token_ids) >= self.context.context_limit:
@@ -79,6 +89,11 @@ class Solving:
             self.context.release()
             if self._reward is not None:
                 self._reward.release(self)
+
+    def stop(self) -> None:
+        """End the solution with the steps that are there; whoever iterates leaves off."""
+        if self.recorder.finish_reason is None:
+            self.recorder.finish_reason = "stop"
 
     def solution(self) -> Solution:
         """The solution, once all steps are there."""
@@ -311,12 +326,8 @@ def _joined(beginning: WrittenStep, rest: WrittenStep) -> WrittenStep:
     return WrittenStep(
         beginning.token_ids + rest.token_ids,
         rest.finish,
-        _concatenated(beginning.token_logprobs, rest.token_logprobs),
-        _concatenated(beginning.token_entropies, rest.token_entropies),
+        concatenated(beginning.token_logprobs, rest.token_logprobs),
+        concatenated(beginning.token_entropies, rest.token_entropies),
         num_reused=beginning.num_reused,
         corrected_places=beginning.corrected_places,
     )
-
-
-def _concatenated(first: FloatArray | None, second: FloatArray | None) -> FloatArray | None:
-    return None if first is None or second is None else np.concatenate([first, second])

@@ -12,8 +12,9 @@ from typing import Any
 from specguard.core.checks import check_problem
 from specguard.core.config import SolveConfig
 from specguard.core.context import opens_thinking
-from specguard.core.engine import Engine
+from specguard.core.engine import Engine, Prompt
 from specguard.core.errors import SpecguardError, UsageError
+from specguard.core.pairing import Pair
 from specguard.core.records import Solution
 from specguard.core.runner import drain
 from specguard.core.solver import Solver
@@ -145,8 +146,9 @@ def _most_bytes(solver: Solver, task: Task, budget: int | None) -> int:
         return 0
     config = solver.configured(**task.changes)
     check_problem(task.problem)
-    engines = solver.pair.engines_for(config).values()
-    needed = sum(_most_bytes_of(engine, task.problem, config) for engine in engines)
+    tokenizer = solver.pair.tokenizer_for(config)
+    prompt = tokenizer.encode_prompt(task.problem, config.system_prompt, config.thinking)
+    needed = most_bytes(solver.pair, prompt, config)
     if needed > budget:
         raise UsageError(
             f"the problem may take {needed} bytes of keys and values, and the budget is {budget}",
@@ -155,8 +157,13 @@ def _most_bytes(solver: Solver, task: Task, budget: int | None) -> int:
     return needed
 
 
-def _most_bytes_of(engine: Engine, problem: str, config: SolveConfig) -> int:
-    prompt = engine.tokenizer.encode_prompt(problem, config.system_prompt, config.thinking)
+def most_bytes(pair: Pair, prompt: Prompt, config: SolveConfig) -> int:
+    """What keys and values of a problem may come to, of the engines that the settings use."""
+    engines = pair.engines_for(config).values()
+    return sum(_most_bytes_of(engine, prompt, config) for engine in engines)
+
+
+def _most_bytes_of(engine: Engine, prompt: Prompt, config: SolveConfig) -> int:
     num_prompt = len(prompt.token_ids)
     thinks = config.thinking or opens_thinking(engine.tokenizer, prompt)
     num_held = num_prompt + config.most_tokens(engine.context_limit - num_prompt, thinks)

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from specguard.core.config import TARGET_SELECTOR, Author, SolveConfig, ensemble_weights
-from specguard.core.engine import Engine, Feature
+from specguard.core.engine import Engine, Feature, Tokenizer
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.reward import RewardModel
 
@@ -71,6 +71,16 @@ class Pair:
                 "choose --selector ngram",
             )
         return engines
+
+    def tokenizer_for(self, config: SolveConfig) -> Tokenizer:
+        """The tokenizer that prompts and texts go through.
+
+        Raises:
+            UsageError: a model is missing.
+            SpecguardError: an engine lacks what the settings cannot do without.
+        """
+        engines = self.engines_for(config)
+        return (engines.get("target") or engines["draft"]).tokenizer
 
     def embedder_for(self, config: SolveConfig) -> str | None:
         """What measures the consistency of candidates, by name; None where there is one alone.

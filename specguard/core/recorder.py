@@ -18,7 +18,12 @@ from specguard.core.records import (
     summarise,
 )
 from specguard.core.step import StepState, WrittenStep
-from specguard.core.text import final_answer, last_paragraph, loop_length
+from specguard.core.text import (
+    final_answer,
+    last_paragraph,
+    loop_length,
+    opens_code_block,
+)
 
 MAX_LOOP_PERIOD, NUM_LOOP_ROUNDS = 4, 3  # steps: the same four or fewer, three times over
 # Thinking says "Wait," and checks again and again; its loops are of any length. Whatever it says
@@ -96,6 +101,7 @@ class Recorder:
         self._seconds = {}
         self.steps.append(made)
         self._context.step = len(self.steps)
+        self._context.is_in_code = opens_code_block(text, self._context.is_in_code)
         self._context.announcer.begin_step(len(self.steps), self._cut_ids)
         self._text += text
         self._texts.append(text.strip())

@@ -15,7 +15,8 @@ from specguard.core.errors import SpecguardError
 SCHEMA_VERSION = 2
 DOCUMENTED_SCORES = ("log_prob", "grounding", "ensemble")
 
-FinishReason = Literal["answer", "eos", "length", "repetition"]
+# "stop": whoever reads the steps wants no more of them.
+FinishReason = Literal["answer", "eos", "length", "repetition", "stop"]
 Decision = Literal["accepted", "corrected", "rewritten", "plain"]
 AnswerSource = Literal["box", "text"]
 Phase = Literal["propose", "select", "verify", "commit", "rewrite"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from specguard.core.config import SolveConfig
 from specguard.core.embedders import embed_by_ngrams, load_embedder
-from specguard.core.engine import Engine
+from specguard.core.engine import Engine, Prompt
 from specguard.core.errors import UsageError
 from specguard.core.loop import Solving
 from specguard.core.pairing import Pair
@@ -80,20 +80,26 @@ class Solver:
         return self.pair.target
 
     def begin(
-        self, problem: str, *, on_progress: Observer | None = None, **changes: Any
+        self,
+        problem: str,
+        *,
+        on_progress: Observer | None = None,
+        prompt: Prompt | None = None,
+        **changes: Any,
     ) -> Solving:
         """One problem, to be solved by iterating over its ``steps()`` in an event loop.
 
-        ``on_progress`` is called with every `Progress` event, in the thread that does the work; an
-        exception that it raises ends the problem. ``changes`` replace fields of the solver's
-        `SolveConfig` for this problem.
+        ``prompt`` is what the models read, for example a conversation that ends with the problem;
+        None puts the problem behind the system prompt of the settings. ``on_progress`` is called
+        with every `Progress` event, in the thread that does the work; an exception that it raises
+        ends the problem. ``changes`` replace fields of the solver's `SolveConfig` for this problem.
 
         Raises:
             UsageError: a change that `SolveConfig` refuses, or a blank problem.
             SpecguardError: what `Solving` raises, or the selector's package is not installed.
         """
         config = self.configured(**changes)
-        return Solving(problem, self.pair, self.embedder(config), config, on_progress)
+        return Solving(problem, self.pair, self.embedder(config), config, on_progress, prompt)
 
     def stream(
         self, problem: str, *, on_progress: Observer | None = None, **changes: Any

@@ -59,6 +59,8 @@ async def write_by_guesses(context: ProblemContext, sampling: Sampling) -> Writt
         for token_id in kept_ids:
             token_ids.append(token_id)
             finish = scanner.feed(token_id)
+            if finish == "delimiter" and context.is_code_open(token_ids):
+                finish = "length" if len(token_ids) == boundary.max_tokens else None
             if finish is not None:
                 break
         num_kept += min(num_accepted, len(token_ids) - first)

@@ -8,6 +8,7 @@ from specguard.core.engine import Boundary, CandidateFinish, Tokenizer
 THINK, END_THINK = "<think>", "</think>"
 _BOX = "\\boxed{"
 _OPENING = re.compile(rf"\s*{THINK}")
+_FENCE = re.compile(r"^ {0,3}(?:```|~~~)", re.MULTILINE)
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is a character, not a group
 
 
@@ -92,6 +93,11 @@ def final_answer(text: str) -> str | None:
 def last_paragraph(text: str) -> str | None:
     """What stands behind the last blank line, without the blanks around it; None for no text."""
     return re.split(r"\n\s*\n", text.strip())[-1].strip() or None
+
+
+def opens_code_block(text: str, is_open: bool = False) -> bool:
+    """Whether a fenced block of code is open behind a text; ``is_open``: one was before it."""
+    return is_open != bool(len(_FENCE.findall(text)) % 2)
 
 
 def after_thinking(text: str) -> str | None:
