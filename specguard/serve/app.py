@@ -4,12 +4,11 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
-from importlib.resources import files
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
@@ -33,14 +32,6 @@ from specguard.serve.service import Service
 from specguard.serve.worker import Event, Flight, Outcome, Piece
 
 T = TypeVar("T")
-# The page is one file; it may ask this server and nobody else, whatever it is made to show.
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
 
 
 def guarded(
@@ -84,11 +75,6 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
     @app.exception_handler(Exception)
     async def fail(request: Request, _: Exception) -> JSONResponse:
         return await refuse(request, internal_error())  # the guard logs what it was
-
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page() -> HTMLResponse:
-        text = files("specguard.serve").joinpath("page.html").read_text("utf-8")
-        return HTMLResponse(text, headers=_PAGE_HEADERS)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
