@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
-from importlib.resources import files
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -27,20 +26,13 @@ from specguard.serve.answers import (
 from specguard.serve.errors import ApiError, internal_error
 from specguard.serve.guard import Guard
 from specguard.serve.metrics import Metrics
+from specguard.serve.page import HEADERS, render
 from specguard.serve.schema import ChatRequest, CompletionRequest
 from specguard.serve.schema import Request as Asked
 from specguard.serve.service import Service
 from specguard.serve.worker import Event, Flight, Outcome, Piece
 
 T = TypeVar("T")
-# The page is one file; it may ask this server and nobody else, whatever it is made to show.
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
 
 
 def guarded(
@@ -87,8 +79,8 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> HTMLResponse:
-        text = files("specguard.serve").joinpath("page.html").read_text("utf-8")
-        return HTMLResponse(text, headers=_PAGE_HEADERS)
+        is_checked = service.check is not None and not service.is_forced
+        return HTMLResponse(render(service.name, is_checked), headers=HEADERS)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
