@@ -7,13 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from specguard.core.conversation import Turn, last_asked
 from specguard.core.engine import Prompt
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.text import END_THINK
 
 _THINKING_SWITCH = "enable_thinking"
 _STAND_IN = "\ue000problem\ue000"
-Message = Mapping[str, Any]  # "role", "content" and what else a template knows
 
 
 class ChatTokenizer(ABC):
@@ -44,20 +44,20 @@ class ChatTokenizer(ABC):
         return self.encode_chat([*system, {"role": "user", "content": problem}], (), thinking)
 
     def encode_chat(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], thinking: bool
+        self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]], thinking: bool
     ) -> Prompt:
-        """A conversation; the problem is its last user message, and what tools have said since.
+        """A conversation; the problem is the last turn of the user, and what tools said since.
 
         Raises:
-            UsageError: no user message, or something that the template has no place for.
+            UsageError: no such turn, or something that the template has no place for.
         """
-        asked = last_user_message(messages)
-        problem = str(messages[asked]["content"]).strip()
+        asked = last_asked(turns)
+        problem = str(turns[asked]["content"]).strip()
         options = self._options(tools, thinking)
 
         def rendered(content: str) -> str:
-            changed = {**messages[asked], "content": content}
-            return self._render([*messages[:asked], changed, *messages[asked + 1 :]], options)
+            changed = {**turns[asked], "content": content}
+            return self._render([*turns[:asked], changed, *turns[asked + 1 :]], options)
 
         text = rendered(problem)
         # The problem's words may stand in the template too: a stand-in shows where it goes.
@@ -65,8 +65,8 @@ class ChatTokenizer(ABC):
         if start < 0 or not text.startswith(problem, start):
             raise SpecguardError("the chat template changes the text of the problem")
         stop = start + len(problem)
-        for message in messages[asked + 1 :]:
-            if message["role"] == "tool" and (said := str(message["content"]).strip()):
+        for turn in turns[asked + 1 :]:
+            if turn["role"] == "tool" and (said := str(turn["content"]).strip()):
                 stop = max(stop, text.rfind(said) + len(said))
         return self._prompt(text, start, stop)
 
@@ -95,54 +95,42 @@ class ChatTokenizer(ABC):
         options: dict[str, Any] = {_THINKING_SWITCH: thinking} if has_switch else {}
         return {**options, "tools": list(tools)} if tools else options
 
-    def _render(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
+    def _render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> str:
         if not self.chat_template:
-            return _transcript(messages)
-        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+            return _transcript(turns)
+        system = turns[0]["content"] if turns[0]["role"] == "system" else ""
         if system:
             try:
-                text = self.render([dict(message) for message in messages], options)
+                text = self.render(list(map(dict, turns)), options)
             except Exception:
                 text = ""
             if system.strip() in text:
                 return text
-            messages = _without_system(messages)
+            turns = _without_system(turns)
         try:
-            return self.render([dict(message) for message in messages], options)
+            return self.render(list(map(dict, turns)), options)
         except Exception as error:
             raise UsageError(f"the chat template refuses this prompt: {one_line(error)}") from error
 
 
-def last_user_message(messages: Sequence[Message]) -> int:
-    """Where a conversation asks what it is about.
-
-    Raises:
-        UsageError: nowhere.
-    """
-    for index in reversed(range(len(messages))):
-        if messages[index]["role"] == "user" and str(messages[index]["content"]).strip():
-            return index
-    raise UsageError("a conversation needs a message of the user")
-
-
-def _without_system(messages: Sequence[Message]) -> list[Message]:
+def _without_system(turns: Sequence[Turn]) -> list[Turn]:
     """What the system prompt says, in front of what the user says first."""
-    system, *others = messages
-    first = next(index for index, message in enumerate(others) if message["role"] == "user")
+    system, *others = turns
+    first = next(index for index, turn in enumerate(others) if turn["role"] == "user")
     content = f"{system['content']}\n\n{others[first]['content']}"
     return [*others[:first], {**others[first], "content": content}, *others[first + 1 :]]
 
 
-def _transcript(messages: Sequence[Message]) -> str:
+def _transcript(turns: Sequence[Turn]) -> str:
     """Without a template: the problem alone, or who said what."""
-    heads = {message["role"] for message in messages} - {"system"}
+    is_single = all(turn["role"] in ("system", "user") for turn in turns)
     told = [
-        message["content"]
-        if heads == {"user"} or message["role"] == "system"
-        else f"{str(message['role']).capitalize()}: {message['content']}"
-        for message in messages
+        str(turn["content"])
+        if is_single or turn["role"] == "system"
+        else f"{str(turn['role']).capitalize()}: {turn['content']}"
+        for turn in turns
     ]
-    return "\n\n".join([*told, ""] if heads == {"user"} else [*told, "Assistant:"])
+    return "\n\n".join([*told, "" if is_single else "Assistant:"])
 
 
 def is_padding(name: str, number: int) -> bool:

@@ -9,6 +9,7 @@ from specguard.cli.backends import backends
 from specguard.cli.bench import bench
 from specguard.cli.bench_speed import speed
 from specguard.cli.calibrate import calibrate
+from specguard.cli.chat import chat
 from specguard.cli.completion import completion
 from specguard.cli.groups import Commands, example
 from specguard.cli.models import models
@@ -34,6 +35,7 @@ def main() -> None:
 
 for command, arguments in {
     solve: f'solve "{_PROBLEM}"',
+    chat: "chat --models qwen3",
     serve: "serve --port 8000",
     models: "models use qwen3",
     backends: "backends",

@@ -85,7 +85,7 @@ def serve(
     reward: str | None,
     **options: Any,
 ) -> None:
-    """Serve a pair to any client of OpenAI's protocol, at /v1.
+    """Serve a pair to any client of OpenAI's protocol, at /v1, and a page to try it, at /.
 
     Options of the method are defaults: a request may have others.
     """
@@ -130,5 +130,5 @@ def serve(
         check=check,
         is_forced=force,
         logs_prompts=log_prompts,
-        begun=lambda url: click.echo(f"Listening at {url}/v1", err=True),
+        begun=lambda url: click.echo(f"Listening at {url}/v1; a page to try it: {url}/", err=True),
     )

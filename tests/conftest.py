@@ -1,6 +1,8 @@
 """Fixtures: small checkpoints of random weights, and an environment without network or settings."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +92,23 @@ def benchmark_file(name: str) -> Path:
     if not file.is_file():
         pytest.skip(f"{file} is not there: set SPECGUARD_DATA to the folder with the test sets")
     return file
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """A real one; skips where it is not installed."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("chromium and chromedriver are not installed")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for argument in ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-sync"):
+        options.add_argument(f"--{argument}")
+    options.add_argument("--disable-background-networking")
+    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
+    chrome = webdriver.Chrome(options=options, service=service)
+    yield chrome
+    chrome.quit()

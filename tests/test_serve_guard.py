@@ -1,6 +1,8 @@
 """Who may use the server, and what is read of a request before it is let in."""
 
 import asyncio
+import errno
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from specguard.core import SolveConfig, Solver, SpecguardError, UsageError
 from specguard.serve.guard import Guard
 from specguard.serve.limits import Limits
 from specguard.serve.metrics import Metrics
-from specguard.serve.server import Address, read_keys
+from specguard.serve.server import Address, LogHandler, read_keys
 from tests.scripted import Scripted
 from tests.serving import refusal_of, serving
 
@@ -130,6 +132,25 @@ def test_a_defect_is_logged_and_its_client_told_nothing_of_it(
         response = served.chat("p")
     assert "its log says why" in refusal_of(response, 500)
     assert "a detail" in caplog.text
+
+
+def test_a_full_disk_under_the_log_is_no_reason_to_serve_nobody(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(errno.ENOSPC, "no space left on device")
+
+    logger, handler = logging.getLogger("specguard"), LogHandler(Full())
+    caplog.set_level(logging.INFO, "specguard")
+    logger.addHandler(handler)
+    try:
+        with serving(solver()) as served:
+            assert served.answer("p")
+        assert "POST" in caplog.text
+    finally:
+        logger.removeHandler(handler)
+    assert capsys.readouterr().err == ""
 
 
 def test_without_a_key_only_this_machine_is_served() -> None:

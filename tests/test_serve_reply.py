@@ -14,7 +14,8 @@ from specguard.serve.tools import split_calls
 TOOLS = frozenset({"add", "find"})
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2]}}\n</tool_call>'
 TEXTS = st.text("ab<", max_size=20) | st.text(max_size=20)
-PARTS = ("<tool_call>", "</tool_call>", "{", CALL, "a", " ", "\n", "<", '{"name": "add"}')
+BARE = '{"name": "add"}'
+PARTS = ("<tool_call>", "</tool_call>", "{", CALL, "a", " ", "\n", "<", BARE, "```json\n", "\n```")
 
 
 def step(text: str) -> StepRecord:
@@ -110,6 +111,17 @@ def test_a_text_that_is_a_bare_call_is_one() -> None:
     assert reply.is_stopped
     assert reply.finish() == reply.text == ""
     assert reply.calls[0].arguments == '{"x": "é"}'
+
+
+def test_a_fenced_block_that_is_nothing_but_a_call_is_one() -> None:
+    text = '```json\n{\n  "name": "find",\n  "arguments": {"x": 1}\n}\n```'
+    reply = Reply((), TOOLS)
+    assert [reply.tokens(piece, 1) for piece in ("```", text[3:20])] == ["", ""]
+    reply.step(step(text))
+    assert reply.finish() == ""
+    assert [call.name for call in reply.calls] == ["find"]
+    reply = Reply((), TOOLS)
+    assert reply.tokens("```", 1) + reply.tokens("python", 1) == "```python"
 
 
 def test_without_tools_a_call_is_text() -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
@@ -26,6 +26,7 @@ from specguard.serve.answers import (
 from specguard.serve.errors import ApiError, internal_error
 from specguard.serve.guard import Guard
 from specguard.serve.metrics import Metrics
+from specguard.serve.page import HEADERS, render
 from specguard.serve.schema import ChatRequest, CompletionRequest
 from specguard.serve.schema import Request as Asked
 from specguard.serve.service import Service
@@ -75,6 +76,11 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
     @app.exception_handler(Exception)
     async def fail(request: Request, _: Exception) -> JSONResponse:
         return await refuse(request, internal_error())  # the guard logs what it was
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> HTMLResponse:
+        is_checked = service.check is not None and not service.is_forced
+        return HTMLResponse(render(service.name, is_checked), headers=HEADERS)
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -19,7 +19,7 @@ from specguard.serve.limits import Limits
 from specguard.serve.metrics import Metrics
 
 _log = logging.getLogger(__name__)
-_OPEN = ("/health",)  # nothing that a key protects
+_OPEN = ("/", "/health")  # nothing that a key protects
 _KNOWN = (*_OPEN, "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions")
 _STATUS = "status"
 

@@ -1,10 +1,11 @@
 """From a request's messages to what the models read, and the problem in it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from specguard.core.config import SolveConfig
+from specguard.core.conversation import encode_conversation, encode_text
 from specguard.core.engine import Prompt, Tokenizer
 from specguard.core.errors import UsageError
 from specguard.serve.schema import Message, Tool
@@ -13,35 +14,15 @@ from specguard.serve.schema import Message, Tool
 def chat_prompt(
     tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool], config: SolveConfig
 ) -> tuple[str, Prompt]:
-    """The problem, which is the last message of the user, and all that is read.
-
-    Where a conversation has no instructions of its own, the server's stand in front of it.
+    """The problem and all that is read, see `encode_conversation`.
 
     Raises:
-        UsageError: a conversation that does not end with the user or a tool, or something that the
-            model's template has no place for.
+        UsageError: what that refuses, or arguments of a tool call that are no JSON object.
     """
     turns = [_plain(message) for message in messages]
-    if turns[-1]["role"] not in ("user", "tool"):
-        raise UsageError("the last message must be of the user or of a tool")
-    asked = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
-    if not asked or not turns[asked[-1]]["content"].strip():
-        raise UsageError("the last message of the user is empty" if asked else "no user message")
-    problem = turns[asked[-1]]["content"]
-    if turns[0]["role"] != "system" and config.system_prompt:
-        turns.insert(0, {"role": "system", "content": config.system_prompt})
-    *before, last = turns
-    system = before[0]["content"] if before and before[0]["role"] == "system" else None
-    if len(before) == (system is not None) and not tools and last.keys() == {"role", "content"}:
-        return problem, tokenizer.encode_prompt(problem, system, config.thinking)
-    plain_tools = [
-        tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools
-    ]
-    encode_chat = getattr(tokenizer, "encode_chat", None)
-    if encode_chat is None:
-        return problem, _in_one(tokenizer, turns, plain_tools, config.thinking)
-    prompt: Prompt = encode_chat(turns, plain_tools, config.thinking)
-    return problem, prompt
+    without = {"function": {"strict"}}
+    offered = [tool.model_dump(exclude_none=True, exclude=without) for tool in tools]
+    return encode_conversation(tokenizer, turns, config, offered)
 
 
 def text_prompt(tokenizer: Tokenizer, text: str | Sequence[int]) -> tuple[str, Prompt]:
@@ -57,11 +38,7 @@ def text_prompt(tokenizer: Tokenizer, text: str | Sequence[int]) -> tuple[str, P
         if not all(0 <= token_id <= max(known) for token_id in text):
             raise UsageError("the prompt has token ids that the models do not know")
         return tokenizer.decode(text), Prompt(tuple(text), (0, len(text)))
-    encode_text = getattr(tokenizer, "encode_text", None)
-    if encode_text is not None:
-        return text, encode_text(text)
-    token_ids = tokenizer.encode(text)
-    return text, Prompt(tuple(token_ids), (0, len(token_ids)))
+    return text, encode_text(tokenizer, text)
 
 
 def _plain(message: Message) -> dict[str, Any]:
@@ -94,22 +71,3 @@ def _arguments(text: str) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise UsageError("the arguments of a tool call must be a JSON object")
     return arguments
-
-
-def _in_one(
-    tokenizer: Tokenizer,
-    turns: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]],
-    thinking: bool,
-) -> Prompt:
-    """For a tokenizer that knows single problems only: earlier turns are told before them."""
-    *before, last = turns
-    if tools or last["role"] != "user":
-        raise UsageError("these models' engine has no place for tools", "leave them out")
-    told = "\n\n".join(
-        turn["content"]
-        if turn["role"] == "system"
-        else f"{turn['role'].capitalize()}: {turn['content']}"
-        for turn in before
-    )
-    return tokenizer.encode_prompt(last["content"], told, thinking)

@@ -165,14 +165,16 @@ def _patiently() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class _Handler(logging.StreamHandler[Any]):
+class LogHandler(logging.StreamHandler[Any]):
+    """Writes lines as long as they can be written."""
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - its name
         """A full disk is no reason to serve nobody."""
 
 
 def log_to_stderr() -> None:
     """Show what is logged; where it cannot be written, requests are served all the same."""
-    handler = _Handler()
+    handler = LogHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     for name, level in (("specguard", logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)

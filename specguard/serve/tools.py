@@ -1,7 +1,8 @@
-"""Calls of tools in a text, in the two forms that most open models write them.
+"""Calls of tools in a text, in the forms that most open models write them.
 
 Qwen and Hermes write ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, one or more;
-Llama 3 writes nothing but ``{"name": ..., "parameters": {...}}``.
+Llama 3 writes nothing but ``{"name": ..., "parameters": {...}}``, and models for code the same in a
+fenced block.
 """
 
 import json
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 OPENING = "<tool_call>"
+_BARE_OPENINGS = ("{", "```json\n", "```\n{")
+_BARE = re.compile(r"\s*(?:```(?:json)?\s*(\{.*\})\s*```|(\{.*\}))\s*", re.DOTALL)
 _CALL = re.compile(r"<tool_call>((?:(?!<tool_call>).)*?)</tool_call>", re.DOTALL)
 
 
@@ -26,7 +29,8 @@ def split_calls(text: str, tools: frozenset[str]) -> tuple[str, list[ToolCall]]:
 
     What only looks like one stays in the text.
     """
-    whole = _read(text, tools) if looks_like_call(text) else None
+    bare = _BARE.fullmatch(text)
+    whole = _read(bare.group(1) or bare.group(2), tools) if bare else None
     if whole is not None:
         return "", [whole]
     calls: list[ToolCall] = []
@@ -49,7 +53,8 @@ def has_call(text: str, tools: frozenset[str]) -> bool:
 
 def looks_like_call(text: str) -> bool:
     """Whether a text may come to be nothing but a call."""
-    return text.lstrip().startswith("{")
+    begun = text.lstrip()
+    return any(begun.startswith(opening) or opening.startswith(begun) for opening in _BARE_OPENINGS)
 
 
 def _read(text: str, tools: frozenset[str]) -> ToolCall | None:
