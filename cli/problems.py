@@ -243,9 +243,9 @@ class _Tally:
                     progress.update(bar, advance=1, description=self._written)
             except KeyboardInterrupt:
                 if self._output is not None:
+                    # Without a count: a solution may be on the disk and not be counted yet.
                     progress.console.print(
-                        f"{self.num_solved} of {self._num_problems} are kept; the same command "
-                        "goes on from there.",
+                        "What is solved is kept; the same command goes on from there.",
                         markup=False,
                     )
                 raise

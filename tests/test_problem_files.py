@@ -290,6 +290,6 @@ def test_ctrl_c_says_what_is_kept(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130
-    num_kept = len(rows_of(file))
-    assert f"{num_kept} of 40 are kept; the same command goes on from there." in said
+    assert len(rows_of(file)) >= 2
+    assert "What is solved is kept; the same command goes on from there." in said
     assert [path.name for path in folder.iterdir()] == ["solutions.jsonl"]
