@@ -272,7 +272,7 @@ def test_a_run_that_is_killed_at_any_moment_loses_and_repeats_nothing(
 @pytest.mark.slow
 def test_ctrl_c_says_what_is_kept(tmp_path: Path) -> None:
     path, folder = tmp_path / "problems.txt", tmp_path / "out"
-    path.write_text("\n".join(held_out(40)))
+    path.write_text("\n".join(held_out(40) * 20))  # more than it can solve meanwhile
     command = [sys.executable, "-m", "specguard", "solve", COST, "--problems", str(path)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
