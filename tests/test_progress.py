@@ -380,3 +380,22 @@ def test_a_problem_that_its_observer_ends_leaves_nothing_behind(loaded: LocalEng
     for step in solution.steps:
         written = texts_of(events).get((step.index, step.author, 0), "")
         assert written == step.text
+
+
+def test_tokens_are_told_of_those_who_are_observed() -> None:
+    draft, target = Scripted("d", ["bad.\n\n", "ok.$"]), Scripted("t", ["good.\n\n"])
+    config = SolveConfig(verifier=VerifierConfig(weights={"log_prob": 1.0}, threshold=1.0))
+    heard: list[Progress] = []
+    solving = Solver(draft, target, config).begin(
+        "p", on_progress=heard.append, observed=("target",)
+    )
+
+    async def solve() -> None:
+        async for _ in solving.steps():
+            pass
+
+    asyncio.run(solve())
+    tokens = [event for event in heard if isinstance(event, TokensDrawn)]
+    assert {event.author for event in tokens} == {"target"}
+    assert any(isinstance(event, PhaseBegan) and event.phase == "propose" for event in heard)
+    assert all(job.on_tokens is None for job in draft.generated), "nor is it worth a listener"

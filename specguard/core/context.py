@@ -4,7 +4,7 @@ Knows how a job is put together from the settings; what becomes of its result is
 business.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -47,6 +47,7 @@ class ProblemContext:
         problem: int,
         config: SolveConfig,
         observer: Observer | None = None,
+        observed: Collection[Author] = ("draft", "target"),
     ) -> None:
         self.engines = engines
         self.prompt = prompt
@@ -61,7 +62,7 @@ class ProblemContext:
         lead = engines.get("target") or engines["draft"]
         self.tokenizer = lead.tokenizer
         self.pieces = PieceTable(lead.tokenizer)
-        self.announcer = Announcer(observer, lead.tokenizer.decode)
+        self.announcer = Announcer(observer, lead.tokenizer.decode, observed)
         self.context_limit = min(engine.context_limit for engine in engines.values())
         self._is_opened = opens_thinking(self.tokenizer, prompt)
 

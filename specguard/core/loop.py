@@ -4,7 +4,7 @@ Knows the seam (`specguard.core.engine`) and nothing of the engines behind it, n
 problems. Plain decoding by the target or the draft alone runs through the same loop and statistics.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from dataclasses import replace
 from functools import partial
 
@@ -38,6 +38,7 @@ class Solving:
     """One problem on its way to a solution; its steps are iterated over once.
 
     ``prompt`` is what the models read of it, None: the problem behind the system prompt.
+    ``observer`` is told of the tokens of those who are ``observed``.
 
     Raises:
         UsageError: a blank problem, or no text at all.
@@ -53,6 +54,7 @@ class Solving:
         config: SolveConfig,
         observer: Observer | None = None,
         prompt: Prompt | None = None,
+        observed: Collection[Author] = ("draft", "target"),
     ) -> None:
         engines = pair.engines_for(config)
         check_problem(problem)
@@ -60,7 +62,9 @@ class Solving:
             tokenizer = pair.tokenizer_for(config)
             prompt = tokenizer.encode_prompt(problem, config.system_prompt, config.thinking)
         self.problem, self.config = problem, config
-        self.context = ProblemContext(engines, prompt, problem_key(problem), config, observer)
+        self.context = ProblemContext(
+            engines, prompt, problem_key(problem), config, observer, observed
+        )
         if len(prompt.token_ids) >= self.context.context_limit:
             raise SpecguardError(
                 f"the problem takes {len(prompt.token_ids)} tokens and the context window "

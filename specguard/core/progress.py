@@ -4,7 +4,7 @@ Knows nothing of engines: a job carries the listener that is made here.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from specguard.core.config import Author
@@ -47,11 +47,16 @@ class Announcer:
     """Tells an observer about one problem; without one it does nothing.
 
     ``begin_step`` has to be called for every step but the first. What the observer raises comes out
-    of whatever was going on.
+    of whatever was going on. Tokens are told of ``authors`` alone.
     """
 
-    def __init__(self, observer: Observer | None, decode: Decode) -> None:
-        self._observer, self._decode = observer, decode
+    def __init__(
+        self,
+        observer: Observer | None,
+        decode: Decode,
+        authors: Collection[Author] = ("draft", "target"),
+    ) -> None:
+        self._observer, self._decode, self._authors = observer, decode, authors
         self._step = 0
         self._cut_ids: tuple[int, ...] = ()
         self._texts: dict[tuple[Author, int], TextStream] = {}
@@ -68,7 +73,7 @@ class Announcer:
 
     def tokens(self, author: Author, candidate: int, token_ids: Sequence[int]) -> None:
         """New tokens of a candidate."""
-        if self._observer is None or not token_ids:
+        if self._observer is None or author not in self._authors or not token_ids:
             return
         stream = self._texts.get((author, candidate))
         if stream is None:
@@ -79,7 +84,7 @@ class Announcer:
 
     def listener(self, author: Author, first_candidate: int = 0) -> "Listener | None":
         """What a job is to call with its candidates' tokens; None where nobody listens."""
-        if self._observer is None:
+        if self._observer is None or author not in self._authors:
             return None
         return Listener(self, author, first_candidate)
 

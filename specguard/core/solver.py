@@ -1,10 +1,10 @@
 """The solver: a pair of engines with settings, ready to solve problems."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
-from specguard.core.config import SolveConfig
+from specguard.core.config import Author, SolveConfig
 from specguard.core.embedders import embed_by_ngrams, load_embedder
 from specguard.core.engine import Engine, Prompt
 from specguard.core.errors import UsageError
@@ -84,6 +84,7 @@ class Solver:
         problem: str,
         *,
         on_progress: Observer | None = None,
+        observed: Collection[Author] = ("draft", "target"),
         prompt: Prompt | None = None,
         **changes: Any,
     ) -> Solving:
@@ -91,15 +92,18 @@ class Solver:
 
         ``prompt`` is what the models read, for example a conversation that ends with the problem;
         None puts the problem behind the system prompt of the settings. ``on_progress`` is called
-        with every `Progress` event, in the thread that does the work; an exception that it raises
-        ends the problem. ``changes`` replace fields of the solver's `SolveConfig` for this problem.
+        with every `Progress` event, in the thread that does the work, tokens of those who are
+        ``observed`` among them; an exception that it raises ends the problem. ``changes`` replace
+        fields of the solver's `SolveConfig` for this problem.
 
         Raises:
             UsageError: a change that `SolveConfig` refuses, or a blank problem.
             SpecguardError: what `Solving` raises, or the selector's package is not installed.
         """
         config = self.configured(**changes)
-        return Solving(problem, self.pair, self.embedder(config), config, on_progress, prompt)
+        return Solving(
+            problem, self.pair, self.embedder(config), config, on_progress, prompt, observed
+        )
 
     def stream(
         self, problem: str, *, on_progress: Observer | None = None, **changes: Any

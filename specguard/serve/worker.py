@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from specguard.core.config import SolveConfig
+from specguard.core.config import Author, SolveConfig
 from specguard.core.engine import Prompt
 from specguard.core.errors import SpecguardError
 from specguard.core.progress import Progress, TokensDrawn
@@ -223,10 +223,11 @@ class Worker:
         self, flight: Flight, number: int, order: Order, place: Place, started: float
     ) -> Outcome:
         reply = Reply(order.stop, order.tools)
-        certain = "draft" if order.changes.get("method", self._method) == "draft" else "target"
+        method = order.changes.get("method", self._solver.config.method)
+        certain: Author = "draft" if method == "draft" else "target"
 
         def hear(event: Progress) -> None:
-            if isinstance(event, TokensDrawn) and event.author == certain:
+            if isinstance(event, TokensDrawn):
                 text = reply.tokens(event.text, len(event.token_ids))
                 if text:
                     flight.tell(number, Piece(text))
@@ -236,6 +237,7 @@ class Worker:
         solving = self._solver.begin(
             order.problem,
             prompt=order.prompt,
+            observed=(certain,),
             on_progress=hear if order.is_streamed else None,
             **order.changes,
         )
@@ -259,7 +261,3 @@ class Worker:
         solution, rest = solving.solution(), reply.finish()
         num_tokens = solution.stats.num_tokens + reply.num_early
         return Outcome(solution, reply.text, rest, num_tokens, reply.calls)
-
-    @property
-    def _method(self) -> str:
-        return self._solver.config.method
