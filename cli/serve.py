@@ -124,7 +124,7 @@ def serve(
     name = served_name or (choice.pair.name if choice.pair else None)
     run(
         solver,
-        name or (choice.target or choice.draft or BUILT_IN_PAIR),
+        name or Path(choice.target or choice.draft or BUILT_IN_PAIR).name,
         address,
         limits,
         check=check,
