@@ -65,6 +65,7 @@ def started(arguments: Sequence[str]) -> Iterator[Server]:
     command = [sys.executable, "-m", "specguard", "serve", "--models", "tiny", "--port", "0"]
     process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
+    reading = threading.Thread(target=lambda: list(process.stderr or ()), daemon=True)
     try:
         said = []
         for line in process.stderr:
@@ -74,25 +75,29 @@ def started(arguments: Sequence[str]) -> Iterator[Server]:
         else:
             raise SpecguardError(f"the server did not start: {''.join(said)}")
         # Its log is read on: a full pipe would hold it up.
-        threading.Thread(target=lambda: list(process.stderr or ()), daemon=True).start()
+        reading.start()
         yield Server(match.group(1), process)
     finally:
         process.terminate()
         process.wait()
+        if reading.ident is not None:
+            reading.join()
+        process.stderr.close()
+
+
+def fitting() -> Iterator[problems.Problem]:
+    """Problems that the built-in pair was made for."""
+    for problem in problems.stream(problems.CALIBRATION):
+        try:
+            check(problem.text)
+        except SpecguardError:
+            continue
+        yield problem
 
 
 def texts(count: int) -> list[str]:
-    """Problems that the built-in pair was made for."""
-
-    def fitting() -> Iterator[str]:
-        for problem in problems.stream(problems.CALIBRATION):
-            try:
-                check(problem.text)
-            except SpecguardError:
-                continue
-            yield problem.text
-
-    return list(islice(fitting(), count))
+    """Texts of such problems."""
+    return [problem.text for problem in islice(fitting(), count)]
 
 
 def body(problem: str, stream: bool = True, **own: Any) -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""Other people's clients against the server, unchanged: ``python -m benchmarks.clients --help``.
+
+Each is a command line of its own, from this environment or from ``--bin``, where they are installed
+without us.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import click
+
+from benchmarks.served import Server, fitting, started
+from specguard.bench.tables import as_table
+
+_TASK = """\
+task: word_problems
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["<|im_end|>"], do_sample: false, temperature: 0, max_gen_toks: 512}}
+filter_list:
+  - name: boxed
+    filter:
+      - {{function: regex, regex_pattern: "boxed\\\\{{([^}}]*)\\\\}}", group_select: -1}}
+      - {{function: take_first}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
+_OPENAI = """\
+import json, os, sys, openai
+client = openai.OpenAI(base_url=os.environ["URL"], api_key="none")
+stream = client.chat.completions.create(
+    model="tiny", messages=[{"role": "user", "content": sys.argv[1]}], stream=True)
+print("".join(chunk.choices[0].delta.content or "" for chunk in stream))
+"""
+Run = Callable[[list[str], Mapping[str, str]], str]
+
+
+def by_curl(server: Server, _: Path, run: Run) -> str:
+    """One request, whole."""
+    problem = next(fitting())
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": problem.text}]}
+    command = ["curl", "--silent", "--fail", f"{server.url}/v1/chat/completions"]
+    command += ["-H", "Content-Type: application/json", "-d", json.dumps(asked)]
+    return str(json.loads(run(command, {}))["choices"][0]["message"]["content"])
+
+
+def by_openai(server: Server, _: Path, run: Run) -> str:
+    """One request of OpenAI's own client, as a stream."""
+    command = ["python", "-c", _OPENAI, next(fitting()).text]
+    return run(command, {"URL": f"{server.url}/v1"})
+
+
+def by_llm(server: Server, folder: Path, run: Run) -> str:
+    """One request of the command line tool llm, as a stream."""
+    settings = {"model_id": "ours", "model_name": "tiny", "api_base": f"{server.url}/v1"}
+    (folder / "extra-openai-models.yaml").write_text(json.dumps([settings]))  # JSON is YAML
+    command = ["llm", "-m", "ours", "--key", "none", next(fitting()).text]
+    return run(command, {"LLM_USER_PATH": str(folder)})
+
+
+def by_lm_eval(server: Server, folder: Path, run: Run, count: int = 50) -> str:
+    """The evaluation harness on some word problems, four at a time."""
+    data, task = folder / "data.jsonl", folder / "word_problems.yaml"
+    problems = islice(fitting(), count)
+    lines = [json.dumps({"question": each.text, "answer": str(each.answer)}) for each in problems]
+    data.write_text("\n".join(lines))
+    task.write_text(_TASK.format(data=data))
+    url = f"{server.url}/v1/chat/completions"
+    command = ["lm_eval", "run", "--model", "local-chat-completions", "--apply_chat_template"]
+    command += ["--model_args", f"model=tiny,base_url={url},num_concurrent=4"]
+    command += ["--tasks", "word_problems", "--include_path", str(folder)]
+    own = {"HF_HOME": str(folder), "HF_DATASETS_OFFLINE": "1", "OPENAI_API_KEY": "none"}
+    match = re.search(r"exact_match\D*([\d.]+)", run(command, own))
+    return f"{count} problems, {match.group(1)} of them right" if match else "no figure"
+
+
+CLIENTS = {"curl": by_curl, "openai": by_openai, "llm": by_llm, "lm_eval": by_lm_eval}
+
+
+def _runner(folders: list[str]) -> Run:
+    path = os.pathsep.join([*folders, os.environ["PATH"]])
+
+    def run(command: list[str], own: Mapping[str, str]) -> str:
+        if shutil.which(command[0], path=path) is None:
+            raise FileNotFoundError(command[0])
+        done = subprocess.run(
+            command,
+            env={**os.environ, "PATH": path, **own},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise subprocess.SubprocessError(done.stderr.strip().splitlines()[-1])
+        return done.stdout
+
+    return run
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--backend", default="cpu")
+@click.option("--bin", "folders", multiple=True, help="Folder of clients' command lines.")
+@click.argument("names", nargs=-1, type=click.Choice(list(CLIENTS)))
+def main(backend: str, folders: tuple[str, ...], names: tuple[str, ...]) -> None:
+    """Try clients, all of them or those of these NAMES; exit 1 where one fails."""
+    rows, has_failed = [], False
+    with started(["--backend", backend, "--no-fallback"]) as server:
+        for name in names or CLIENTS:
+            with TemporaryDirectory() as folder:
+                try:
+                    said = CLIENTS[name](server, Path(folder), _runner(list(folders)))
+                    outcome = " ".join(said.split())[-60:]
+                except FileNotFoundError:
+                    outcome = "not installed"
+                except (subprocess.SubprocessError, ValueError, KeyError) as error:
+                    outcome, has_failed = f"failed: {error}"[:200], True
+            rows.append([name, outcome])
+    click.echo(as_table(("client", "outcome"), rows), nl=False)
+    if has_failed:
+        raise click.exceptions.Exit(1)
+
+
+if __name__ == "__main__":
+    main()
