@@ -9,7 +9,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import click
@@ -181,11 +181,14 @@ def main(
         found = asyncio.run(soak(server, problems, wanted, asked, clients, 60 * minutes))
         is_alive = server.process.poll() is None
     if as_json:
-        click.echo(json.dumps({**asdict(found), "growth": found.growth}))
+        told = {
+            name: getattr(found, name) for name in ("outcomes", "failures", "memory", "seconds")
+        }
+        click.echo(json.dumps({**told, "growth": found.growth}))
     else:
-        told = ", ".join(f"{count} {name}" for name, count in sorted(found.outcomes.items()))
+        counts = ", ".join(f"{count} {name}" for name, count in sorted(found.outcomes.items()))
         first, most = found.memory[len(found.memory) // 4], max(found.memory)
-        click.echo(f"{told}, in {found.seconds:.0f} s; {len(found.failures)} failures.")
+        click.echo(f"{counts}, in {found.seconds:.0f} s; {len(found.failures)} failures.")
         click.echo(f"Memory: {first:.0f} MiB after a quarter, {most:.0f} at most; last quarter")
         click.echo(f"beside the second: {found.growth:+.1f} MiB.")
         for failure in found.failures[:10]:

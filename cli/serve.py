@@ -61,7 +61,7 @@ _LIMITS = Limits()
     help="How long requests under way may take once the server is told to stop.",
 )
 @click.option("--log-prompts", is_flag=True, help="Say in the log what was asked.")
-@click.option("--quiet", is_flag=True, help="Log nothing.")
+@click.option("--quiet", is_flag=True, help="Log only what goes wrong.")
 @click.option(
     "--force", is_flag=True, help="Take problems that the built-in pair was not made for, too."
 )

@@ -43,7 +43,7 @@ def test_an_answer_is_the_unserved_one_with_its_record(built_in: Served) -> None
         "completion_tokens": solution.stats.num_tokens,
         "total_tokens": solution.stats.num_prompt_tokens + solution.stats.num_tokens,
     }
-    record = answer["specguard"]
+    record = choice["specguard"]
     assert record["answer"] == "33"
     assert record["stats"]["num_accepted_steps"] == solution.stats.num_accepted_steps
     assert [step["text"] for step in record["steps"]] == [step.text for step in solution.steps]
@@ -57,10 +57,10 @@ def test_a_stream_says_the_same_step_by_step(built_in: Served) -> None:
     assert text_of(chunks) == whole["choices"][0]["message"]["content"]
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     said = [chunk["choices"][0]["delta"].get("content") for chunk in chunks[1:-2]]
-    assert said == [step["text"] for step in whole["specguard"]["steps"]]
+    assert said == [step["text"] for step in whole["choices"][0]["specguard"]["steps"]]
     *others, ending, last = chunks
     assert ending["choices"][0]["finish_reason"] == "stop"
-    assert ending["specguard"]["answer"] == "33"
+    assert ending["choices"][0]["specguard"]["answer"] == "33"
     assert last["choices"] == []
     assert last["usage"] == whole["usage"]
     assert all(chunk["usage"] is None for chunk in [*others, ending])
@@ -72,12 +72,13 @@ def test_a_stream_says_the_same_step_by_step(built_in: Served) -> None:
 def test_what_the_target_writes_is_streamed_as_it_comes_and_drafts_only_once_accepted() -> None:
     with serving(scripted(GOOD, BAD, ANSWER)) as served:
         chunks = served.chunks("p", specguard={"stream_steps": True})
-        said = [(c["choices"][0]["delta"].get("content"), "specguard" in c) for c in chunks[1:-1]]
+        choices = [chunk["choices"][0] for chunk in chunks[1:-1]]
+        said = [(choice["delta"].get("content"), "specguard" in choice) for choice in choices]
         assert said[0] == (GOOD, True)
         assert said[1:5] == [("Go", False), ("od", False), (".\n", False), ("\n", False)]
         assert said[5] == ("", True), "the step's record comes with its end"
         assert said[6] == (ANSWER, True)
-        record = chunks[6]["specguard"]["step"]
+        record = choices[5]["specguard"]["step"]
         assert (record["decision"], record["draft_text"]) == ("rewritten", BAD)
         assert record["label"] == "rewritten by target"
         assert text_of(chunks) == served.answer("p")["choices"][0]["message"]["content"]
@@ -93,19 +94,21 @@ def test_a_draft_that_writes_alone_is_streamed_as_it_comes_too() -> None:
 
 def test_settings_of_a_request_hold_for_it_alone(built_in: Served) -> None:
     own = {"method": "target", "detail": True}
-    record = built_in.answer(specguard=own)["specguard"]
+    record = built_in.answer(specguard=own)["choices"][0]["specguard"]
     assert record["method"] == "target"
     assert {step["author"] for step in record["steps"]} == {"target"}
     assert record["steps"][0]["tokens"] is not None
-    strict = built_in.answer(specguard={"threshold": 1.0, "k": 2})["specguard"]
+    strict = built_in.answer(specguard={"threshold": 1.0, "k": 2})["choices"][0]["specguard"]
     assert "rewritten" in {step["decision"] for step in strict["steps"]}
     assert {step["threshold"] for step in strict["steps"]} == {1.0}
-    paper = built_in.answer(specguard={"preset": "paper", "detail": True}, seed=1)["specguard"]
+    paper = built_in.answer(specguard={"preset": "paper", "detail": True}, seed=1)["choices"][0][
+        "specguard"
+    ]
     assert len(paper["steps"][0]["candidates"]) == 16
     solution = tiny().solve(PROBLEM, method="draft")
     drafted = built_in.answer(specguard={"method": "draft"})
     assert drafted["choices"][0]["message"]["content"] == solution.text
-    assert built_in.answer()["specguard"]["method"] == "specguard"
+    assert built_in.answer()["choices"][0]["specguard"]["method"] == "specguard"
 
 
 def test_several_choices_have_seeds_of_their_own(built_in: Served) -> None:
@@ -124,15 +127,20 @@ def test_several_choices_have_seeds_of_their_own(built_in: Served) -> None:
 def test_a_temperature_is_of_drafts_and_rewrites_and_draws_anew_without_a_seed() -> None:
     with serving(scripted(BAD, ANSWER)) as served:
         draft, target = served.solver.draft, served.solver.target
-        seeds = {served.answer("p", temperature=0.5)["specguard"]["seed"] for _ in range(3)}
+        seeds = {
+            served.answer("p", temperature=0.5)["choices"][0]["specguard"]["seed"] for _ in range(3)
+        }
         assert len(seeds) == 3
         assert isinstance(draft, Scripted)
         assert isinstance(target, Scripted)
         for job in (*draft.generated, *target.generated):
             assert job.sampling.temperature == 0.5
-        assert served.answer("p")["specguard"]["seed"] == 0
-        assert served.answer("p", temperature=0)["specguard"]["seed"] == 0
-        assert served.answer("p", temperature=0.5, seed=-1)["specguard"]["seed"] == 2**64 - 1
+        assert served.answer("p")["choices"][0]["specguard"]["seed"] == 0
+        assert served.answer("p", temperature=0)["choices"][0]["specguard"]["seed"] == 0
+        assert (
+            served.answer("p", temperature=0.5, seed=-1)["choices"][0]["specguard"]["seed"]
+            == 2**64 - 1
+        )
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -4,11 +4,14 @@ import asyncio
 import errno
 import io
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from specguard.cli.main import main
 from specguard.core import SolveConfig, Solver, SpecguardError, UsageError
 from specguard.serve.guard import Guard
 from specguard.serve.limits import Limits
@@ -160,6 +163,15 @@ def test_without_a_key_only_this_machine_is_served() -> None:
         with pytest.raises(UsageError, match="without an API key"):
             Address(host)
         assert Address(host, keys=("k",)).hosts is None
+
+
+def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "specguard.serve.server")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = CliRunner().invoke(main, ["serve"])
+    assert result.exit_code == 2
+    assert "not installed: uvicorn" in result.stderr
+    assert "pip install 'specguard[serve]'" in result.stderr
 
 
 def test_keys_are_lines_of_a_file(tmp_path: Path) -> None:

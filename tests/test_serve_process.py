@@ -115,7 +115,7 @@ def test_the_openai_client_works_unchanged(server: Process, solved: Any) -> None
         answer = client.chat.completions.create(model=model.id, messages=MESSAGES)
         assert answer.choices[0].message.content == solved.text
         assert answer.usage.completion_tokens == solved.stats.num_tokens
-        assert answer.specguard["answer"] == solved.answer
+        assert answer.choices[0].specguard["answer"] == solved.answer
         stream = client.chat.completions.create(
             model=model.id,
             messages=MESSAGES,

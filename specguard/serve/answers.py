@@ -37,14 +37,13 @@ class Answer:
         }
 
     def whole(self, outcomes: Sequence[Outcome], num_prompts: int) -> dict[str, Any]:
-        """All of it; the record of the first solution stands beside the choices as well."""
+        """All of it."""
         choices = [self._choice(number, outcome) for number, outcome in enumerate(outcomes)]
         return {
             **self._head,
             "object": self._kind,
             "choices": choices,
             "usage": usage(outcomes, num_prompts),
-            "specguard": choices[0]["specguard"],
         }
 
     def chunk(
@@ -52,12 +51,13 @@ class Answer:
         number: int,
         delta: Mapping[str, Any] | str,
         finish_reason: str | None = None,
+        own: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> dict[str, Any]:
-        """A part of one choice."""
+        """A part of one choice, with what we say of it."""
         content = {"delta": delta} if self._is_chat else {"text": delta}
         choice = {"index": number, **content, "logprobs": None, "finish_reason": finish_reason}
-        return self._chunk([choice], **more)
+        return self._chunk([choice if own is None else {**choice, "specguard": own}], **more)
 
     def usage_chunk(self, outcomes: Sequence[Outcome], num_prompts: int) -> dict[str, Any]:
         """The last one, where usage is asked for."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -194,8 +194,8 @@ async def _chunks(
                 if is_chat and number not in begun:
                     begun.add(number)
                     yield event(answer.chunk(number, {"role": "assistant", "content": ""}, **more))
-                for delta, reason, extra in _deltas(happened, is_chat, asked):
-                    yield event(answer.chunk(number, delta, reason, **extra, **more))
+                for delta, reason, own in _deltas(happened, is_chat, asked):
+                    yield event(answer.chunk(number, delta, reason, own, **more))
                 if isinstance(happened, Outcome):
                     outcomes[number] = happened
         if has_usage:
@@ -216,26 +216,22 @@ async def _with_first(
 
 def _deltas(
     happened: Event, is_chat: bool, asked: Asked
-) -> list[tuple[dict[str, Any] | str, str | None, dict[str, Any]]]:
-    """The chunks of one event: what they add, why the answer ends, and what else they hold."""
+) -> Iterator[tuple[dict[str, Any] | str, str | None, dict[str, Any] | None]]:
+    """The chunks of one event: what they add, why the answer ends, and what we say of it."""
 
     def added(text: str) -> dict[str, Any] | str:
         return {"content": text} if is_chat else text
 
     if isinstance(happened, Piece):
-        shown: dict[str, Any] = {}
-        if (
-            happened.step is not None
-            and happened.config is not None
-            and asked.specguard.stream_steps
-        ):
-            shown = {"specguard": {"step": step_record(happened.step, happened.config)}}
-        return [(added(happened.text), None, shown)] if happened.text or shown else []
+        own, step, config = None, happened.step, happened.config
+        if step is not None and config is not None and asked.specguard.stream_steps:
+            own = {"step": step_record(step, config)}
+        if happened.text or own:
+            yield added(happened.text), None, own
+        return
     assert isinstance(happened, Outcome)
-    parts: list[tuple[dict[str, Any] | str, str | None, dict[str, Any]]] = []
     if happened.rest:
-        parts.append((added(happened.rest), None, {}))
+        yield added(happened.rest), None, None
     if happened.calls:
-        parts.append(({"tool_calls": tool_calls(happened.calls, is_delta=True)}, None, {}))
-    own = {"specguard": record(happened.solution)}
-    return [*parts, ({} if is_chat else "", finish_reason(happened), own)]
+        yield {"tool_calls": tool_calls(happened.calls, is_delta=True)}, None, None
+    yield {} if is_chat else "", finish_reason(happened), record(happened.solution)

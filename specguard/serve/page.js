@@ -127,7 +127,7 @@ async function solve() {
     if (!response.ok) throw new Error((await response.json()).error.message);
     for await (const chunk of events(response)) {
       if (chunk.error) throw new Error(chunk.error.message);
-      const own = chunk.specguard, delta = chunk.choices[0].delta;
+      const { delta, specguard: own } = chunk.choices[0];
       if (own && own.step) steps.decide(own.step);
       else if (delta.content) steps.add(delta.content);
       if (own && own.stats) finish(own);
