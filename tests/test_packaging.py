@@ -108,6 +108,7 @@ def test_the_wheel_holds_every_module_and_the_built_in_pair(tmp_path: Path) -> N
     assert metadata.endswith(".dist-info")
     assert "specguard/py.typed" in names
     assert "specguard/models/tiny/language.json" in names
+    assert {"specguard/serve/page.html.jinja", "specguard/serve/page.js"} <= names
     for profile in (ROOT / "models" / "fitted").glob("*.json"):
         assert f"specguard/models/fitted/{profile.name}" in names
     for role in "draft", "target", "reward":

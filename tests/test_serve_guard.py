@@ -37,6 +37,7 @@ def test_a_key_is_needed_where_there_are_some() -> None:
             headers = {"Authorization": f"Bearer {key}"}
             assert served.client.get("/v1/models", headers=headers).status_code == 200
         assert served.client.get("/health").status_code == 200
+        assert served.client.get("/").status_code == 200
 
 
 def test_a_page_on_the_web_cannot_reach_a_server_of_this_machine() -> None:
