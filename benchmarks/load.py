@@ -19,6 +19,12 @@ from specguard import SpecguardError, load, solve_many
 from specguard.bench.tables import as_table, machine, machine_line
 from specguard.core import DraftCost
 
+# How it is called, whether answers are streamed, and our own options.
+WAYS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
+    ("served", False, {}),
+    ("served, streamed", True, {}),
+    ("target alone, served", False, {"method": "target"}),
+)
 _DRAFT_COST = "0.5,0.05,3"  # so that all sides decide alike, whatever else the machine does
 
 
@@ -39,7 +45,7 @@ class LoadLine:
 
 
 async def drive(
-    url: str, problems: Sequence[str], clients: int, **own: Any
+    url: str, problems: Sequence[str], clients: int, stream: bool, **own: Any
 ) -> tuple[float, list[Any]]:
     """All seconds that so many clients take, and the replies, in the problems' order.
 
@@ -51,7 +57,7 @@ async def drive(
 
     async def client() -> None:
         for index, problem in waiting:
-            replies[index] = await ask(url, body(problem, **own))
+            replies[index] = await ask(url, body(problem, stream, **own))
             if replies[index].status != 200:
                 raise SpecguardError(f"the server answered {replies[index]}")
 
@@ -61,7 +67,7 @@ async def drive(
 
 
 def measure(problems: Sequence[str], clients: int, backend: str) -> list[LoadLine]:
-    """The three ways.
+    """`solve_many`, and the ways to be served.
 
     Raises:
         SpecguardError: a request failed, or an answer is another one than unserved.
@@ -78,9 +84,9 @@ def measure(problems: Sequence[str], clients: int, backend: str) -> list[LoadLin
     lines = [LoadLine("solve_many", clients, count / seconds, 1.0)]
     arguments = ["--backend", backend, "--batch-size", str(clients), "--draft-cost", _DRAFT_COST]
     with started(arguments) as server:
-        for way, own in (("served", {}), ("target alone, served", {"method": "target"})):
-            asyncio.run(drive(server.url, problems[:clients], clients, **own))
-            took, replies = asyncio.run(drive(server.url, problems, clients, **own))
+        for way, stream, own in WAYS:
+            asyncio.run(drive(server.url, problems[:clients], clients, stream, **own))
+            took, replies = asyncio.run(drive(server.url, problems, clients, stream, **own))
             if not own and {i: reply.text for i, reply in enumerate(replies)} != wanted:
                 raise SpecguardError("a served answer is another one than unserved")
             times = sorted(reply.seconds for reply in replies)
@@ -92,7 +98,7 @@ def measure(problems: Sequence[str], clients: int, backend: str) -> list[LoadLin
                     took / seconds,
                     median(times),
                     quantiles(times, n=20)[-1] if count > 1 else times[0],
-                    median(reply.first_seconds or 0.0 for reply in replies),
+                    median(reply.first_seconds or 0.0 for reply in replies) if stream else None,
                 )
             )
     return lines

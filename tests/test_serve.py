@@ -70,7 +70,7 @@ def test_a_stream_says_the_same_step_by_step(built_in: Served) -> None:
 
 
 def test_what_the_target_writes_is_streamed_as_it_comes_and_drafts_only_once_accepted() -> None:
-    with serving(scripted(GOOD, BAD, ANSWER)) as served:
+    with serving(scripted(GOOD, BAD, ANSWER), limits={"piece_seconds": 0}) as served:
         chunks = served.chunks("p", specguard={"stream_steps": True})
         choices = [chunk["choices"][0] for chunk in chunks[1:-1]]
         said = [(choice["delta"].get("content"), "specguard" in choice) for choice in choices]
@@ -84,9 +84,16 @@ def test_what_the_target_writes_is_streamed_as_it_comes_and_drafts_only_once_acc
         assert text_of(chunks) == served.answer("p")["choices"][0]["message"]["content"]
 
 
+def test_texts_that_come_quickly_are_sent_together() -> None:
+    with serving(scripted(GOOD, BAD, ANSWER), limits={"piece_seconds": 5}) as served:
+        chunks = served.chunks("p")
+        said = [chunk["choices"][0]["delta"].get("content") for chunk in chunks[1:-1]]
+        assert said == [GOOD, GOOD, ANSWER]
+
+
 def test_a_draft_that_writes_alone_is_streamed_as_it_comes_too() -> None:
     solver = Solver(Scripted("d", [GOOD, ANSWER], lump=3), None, SolveConfig(method="draft"))
-    with serving(solver) as served:
+    with serving(solver, limits={"piece_seconds": 0}) as served:
         chunks = served.chunks("p")
         assert [c["choices"][0]["delta"].get("content") for c in chunks[1:3]] == ["Goo", "d.\n"]
         assert text_of(chunks) == GOOD + ANSWER

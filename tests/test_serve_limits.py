@@ -105,7 +105,7 @@ def test_leaving_a_stream_drops_the_work_within_a_step() -> None:
     target = endless()
 
     async def work() -> None:
-        async with aclosing(worker.begin([order()]).events()) as events:
+        async with aclosing(worker.begin([order(is_streamed=True)]).events()) as events:
             async for _, event in events:
                 assert isinstance(event, Piece)
                 break

@@ -5,6 +5,7 @@ import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from specguard.core.config import SolveConfig
@@ -118,11 +119,12 @@ def usage(outcomes: Sequence[Outcome], num_prompts: int) -> dict[str, int]:
 
 def record(solution: Solution) -> dict[str, Any]:
     """A solution's record without what the answer says anyway."""
-    data = solution.to_dict()
-    config = data.pop("config")
-    data["steps"] = [step_record(step, solution.config) for step in solution.steps]
-    del data["problem"], data["text"]
-    return {**data, "method": config["method"], "seed": config["seed"]}
+    data = replace(solution, steps=()).to_dict()
+    for name in ("config", "problem", "text"):
+        del data[name]
+    config = solution.config
+    data["steps"] = [step_record(step, config) for step in solution.steps]
+    return {**data, "method": config.method, "seed": config.seed}
 
 
 def step_record(step: StepRecord, config: SolveConfig) -> dict[str, Any]:

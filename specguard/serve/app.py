@@ -138,7 +138,7 @@ async def _respond(service: Service, asked: Asked, request: Request) -> Response
     events = flight.events()
     # Before anything is sent, an error still has a status of its own.
     first = await _unless_gone(request, flight, anext(events))
-    chunks = _chunks(first, events, answer, asked, num_prompts)
+    chunks = _together(_chunks(first, events, answer, asked, num_prompts), flight)
     return StreamingResponse(
         chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
     )
@@ -204,6 +204,18 @@ async def _chunks(
     except ApiError as error:
         yield event(error.body)
     yield event("[DONE]")
+
+
+async def _together(chunks: AsyncGenerator[bytes], flight: Flight) -> AsyncGenerator[bytes]:
+    """What is there at the same time is sent at once: a write costs more than a chunk."""
+    held = b""
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            held += chunk
+            if not flight.has_more:
+                yield held
+                held = b""
+    yield held
 
 
 async def _with_first(

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 class Limits:
     """Of solutions: at a time, waiting, in bytes of keys and values, in seconds each.
 
-    A solution gives its place to others that wait after ``turn_tokens``; ``body_bytes`` is the
-    size of a request's body, ``choices`` how many answers one request may ask for, and
-    ``drain_seconds`` how long those under way may take once the server is told to stop.
+    Text of a step in hand is sent every ``piece_seconds``. A solution gives its place to others
+    that wait after ``turn_tokens``; ``body_bytes`` is the size of a request's body, ``choices`` how
+    many answers one request may ask for, and ``drain_seconds`` how long those under way may take
+    once the server is told to stop.
     """
 
     running: int = 8
@@ -17,6 +18,7 @@ class Limits:
     memory: int | None = None
     seconds: float = 600.0
     turn_tokens: int = 256
+    piece_seconds: float = 0.02
     body_bytes: int = 4 * 2**20
     body_seconds: float = 30.0
     choices: int = 16

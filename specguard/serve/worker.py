@@ -7,7 +7,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +72,34 @@ class _Stopped(Exception):  # noqa: N818 - nothing is wrong
     """A stop sequence in the middle of a step."""
 
 
+class _Early:
+    """Text of a step that is not decided yet, told a little at a time: to wake others costs."""
+
+    def __init__(self, tell: Callable[[Piece], None], seconds: float) -> None:
+        self._tell, self._seconds = tell, seconds
+        self._text = ""
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, text: str) -> None:
+        """Text that is certain; it is told soon."""
+        self._text += text
+        if text and not self._seconds:
+            self._flush()
+        elif text and self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._seconds, self._flush)
+
+    def take(self) -> str:
+        """What has not been told, for who tells it with something else."""
+        if self._timer is not None:
+            self._timer.cancel()
+        text, self._text, self._timer = self._text, "", None
+        return text
+
+    def _flush(self) -> None:
+        self._tell(Piece(self.take()))
+
+
 class Flight:
     """The solutions of one request, under way; events come with the solution's number.
 
@@ -97,10 +125,15 @@ class Flight:
                 number, event = await self._events.get()
                 if isinstance(event, ApiError):
                     raise event
-                yield number, event
                 self._num_open -= isinstance(event, Outcome)
+                yield number, event
         finally:
             self.cancel()
+
+    @property
+    def has_more(self) -> bool:
+        """Whether ``events`` goes on at once, with an event that is there or with its end."""
+        return not (self._num_open and self._events.empty())
 
     def cancel(self) -> None:
         """Nobody waits for this any more."""
@@ -223,14 +256,13 @@ class Worker:
         self, flight: Flight, number: int, order: Order, place: Place, started: float
     ) -> Outcome:
         reply = Reply(order.stop, order.tools)
+        early = _Early(lambda piece: flight.tell(number, piece), self._limits.piece_seconds)
         method = order.changes.get("method", self._solver.config.method)
         certain: Author = "draft" if method == "draft" else "target"
 
         def hear(event: Progress) -> None:
             if isinstance(event, TokensDrawn):
-                text = reply.tokens(event.text, len(event.token_ids))
-                if text:
-                    flight.tell(number, Piece(text))
+                early.add(reply.tokens(event.text, len(event.token_ids)))
                 if reply.is_stopped:
                     raise _Stopped
 
@@ -248,7 +280,9 @@ class Worker:
                     if step.index == 0:
                         self._metrics.first_step.observe(time.perf_counter() - started)
                     self._metrics.step(step)
-                    flight.tell(number, Piece(reply.step(step), step, solving.config))
+                    text = early.take() + reply.step(step)
+                    if order.is_streamed:
+                        flight.tell(number, Piece(text, step, solving.config))
                     if reply.is_stopped:
                         break
                     num_since += step.num_tokens
@@ -257,7 +291,9 @@ class Worker:
                         num_since = 0
         except _Stopped:
             pass
+        finally:
+            rest = early.take()
         solving.stop()
-        solution, rest = solving.solution(), reply.finish()
+        solution, rest = solving.solution(), rest + reply.finish()
         num_tokens = solution.stats.num_tokens + reply.num_early
         return Outcome(solution, reply.text, rest, num_tokens, reply.calls)
