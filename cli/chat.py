@@ -1,6 +1,7 @@
 """``specguard chat``: a conversation in a terminal, each turn step by step."""
 
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -63,6 +64,9 @@ def chat(models: ModelOptions, reward: str | None, force: bool, **options: Any) 
 def _next_turn() -> str | None:
     """What is said next, None at the end."""
     is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        with suppress(ImportError):  # it is not everywhere
+            import readline  # noqa: F401 - makes a line of `input` that can be edited
     try:
         said = input("> " if is_terminal else "").strip()
     except (EOFError, KeyboardInterrupt):

@@ -1,10 +1,23 @@
 """A fenced block of code is one step, whatever blank lines stand in it."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
-from specguard.core import GenerateJob, SolveConfig, Solver, TokensDrawn, VerifierConfig
+from specguard.core import (
+    ALL_FEATURES,
+    Candidate,
+    GenerateJob,
+    Observation,
+    ScoreJob,
+    SolveConfig,
+    Solver,
+    TokensDrawn,
+    VerifierConfig,
+)
 from specguard.core.text import opens_code_block
-from tests.scripted import Scripted
+from tests.scripted import EOS, Scripted
 
 INTRO, CODE, END = "Like this:\n\n", "```python\na = 1\n\nb = 2\n\n\nc = 3\n```\n\n", "Done.$"
 TEXT = INTRO + CODE + "Done."
@@ -53,6 +66,34 @@ def test_a_block_that_is_longer_than_a_step_is_cut_by_its_length_alone() -> None
     config = SolveConfig(method="target", max_step_tokens=20)
     solution = Solver(None, reciting("t"), config).solve("p")
     assert [step.text for step in solution.steps] == [INTRO, CODE[:20], CODE[20:], "Done."]
+
+
+class Certain(Scripted):
+    """Knows which token follows in the text, and no other."""
+
+    async def generate(self, job: GenerateJob) -> list[Candidate]:
+        return [
+            replace(made, distributions=np.eye(256)[list(made.token_ids)])
+            for made in await super().generate(job)
+        ]
+
+    async def score(self, job: ScoreJob) -> list[Observation]:
+        written = len(job.prefix) - job.prefix.index(2) - 1
+        following = [*map(ord, TEXT[written:]), *[EOS] * 9]
+        return [
+            replace(seen, distributions=np.eye(256)[following[: len(token_ids) + 1]])
+            for seen, token_ids in zip(await super().score(job), job.continuations, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("num_speculated", [1, 3, 8])
+def test_guessed_tokens_make_one_step_of_a_block(num_speculated: int) -> None:
+    draft, target = (
+        Certain(name, reciting(name).script, features=ALL_FEATURES) for name in ("d", "t")
+    )
+    config = SolveConfig(method="sd", num_speculated=num_speculated)
+    solution = Solver(draft, target, config).solve("p")
+    assert [step.text for step in solution.steps] == [INTRO, CODE, "Done."]
 
 
 def test_fences_open_and_close() -> None:

@@ -254,7 +254,7 @@ def test_the_page_shows_steps_as_they_come(browser: Any, server: Process) -> Non
     assert focused.get_attribute("id") == "problem", "typing can begin at once"
     focused.send_keys(Keys.CONTROL, Keys.ENTER)
     WebDriverWait(browser, 20).until(lambda _: text_of("answer"))
-    assert text_of("answer") == "Answer: 33 (answer)"
+    assert text_of("answer") == "Answer: 33 (finished by answer)"
     steps = browser.find_elements(By.CSS_SELECTOR, "#steps > li")
     assert len(steps) == 3
     assert "accepted draft" in steps[0].text

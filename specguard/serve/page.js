@@ -71,7 +71,8 @@ class Steps {
     if (step.draft_text && step.draft_text.trim() !== step.text.trim()) {
       details.append(make("h3", "", "The draft's step"), make("div", "text struck", step.draft_text.trim()));
     }
-    details.append(make("h3", "", "Scores"), bars(step));
+    const scores = bars(step);
+    if (scores.children.length) details.append(make("h3", "", "Scores"), scores);
     item.append(details);
     if (this.open) this.open.replaceWith(item); else at("steps").append(item);
     this.open = null;
@@ -84,7 +85,7 @@ class Steps {
 function finish(record) {
   const stats = record.stats;
   const answer = record.answer === null ? "No answer" : `Answer: ${record.answer}`;
-  at("answer").textContent = `${answer} (${record.finish_reason})`;
+  at("answer").textContent = `${answer} (finished by ${record.finish_reason})`;
   const rate = stats.step_acceptance_rate;
   at("facts").textContent = [
     `${stats.num_steps} steps, ${stats.num_tokens} tokens in ${stats.seconds.toFixed(2)} s`,
