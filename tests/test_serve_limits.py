@@ -232,6 +232,14 @@ def test_a_request_that_never_fits_the_memory_is_refused_and_others_wait() -> No
         assert "bytes of keys and values" in served.refusal("p", max_tokens=101)
 
 
+def test_a_server_whose_work_has_ended_is_not_healthy() -> None:
+    with serving(solver_of(short())) as served:
+        assert served.client.get("/health").status_code == 200
+        served.worker.__exit__()
+        assert served.client.get("/health").status_code == 503
+        assert "started again" in served.refusal("p", status=503)
+
+
 def test_a_busy_server_says_when_to_come_back() -> None:
     with serving(solver_of(short()), limits={"running": 1, "waiting": 1}) as served:
         response = served.chat("p", n=3)

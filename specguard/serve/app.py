@@ -84,6 +84,7 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
 
     @app.get("/health")
     async def health() -> dict[str, str]:
+        service.worker.check()
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=Response)

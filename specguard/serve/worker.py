@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,7 +115,7 @@ class Flight:
 
     def tell(self, number: int, event: Event) -> None:
         """Called by the worker."""
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
             self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
 
     async def events(self) -> AsyncGenerator[tuple[int, Event]]:
@@ -162,8 +162,19 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        with suppress(RuntimeError):  # it has ended already
+            self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+
+    def check(self) -> None:
+        """Whether solutions are made.
+
+        Raises:
+            ApiError: not any more.
+        """
+        if not self._thread.is_alive():
+            message = "no solutions are made any more: the server has to be started again"
+            raise ApiError(503, message, kind=SERVER)
 
     @property
     def num_open(self) -> int:
@@ -174,8 +185,9 @@ class Worker:
         """Put solutions in the queue.
 
         Raises:
-            ApiError: there is no room for them.
+            ApiError: there is no room for them, or nobody to make them.
         """
+        self.check()
         most = self._limits.running + self._limits.waiting
         with self._lock:
             if self._num_open + len(orders) > most:
@@ -187,7 +199,7 @@ class Worker:
 
     def cancel(self, flight: Flight) -> None:
         """Drop what a flight has under way."""
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: nothing is under way
             self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in flight.tasks])
 
     def _busy(self) -> ApiError:
