@@ -108,27 +108,31 @@ def serve(
         seconds=time_limit,
         drain_seconds=drain,
     )
-    reporter = Reporter(is_quiet=quiet)
-    with reporter.loading() as progress:
-        choice = models.choose()
-        check = choice.pair.check if choice.pair else None
-        if force and check is None:
-            raise UsageError("--force has no meaning: these models take any problem")
-        settings = settings_from({**options, "reward": reward}, choice)
-        solver = replace(models, pair=choice.pair.name if choice.pair else None).load(
-            reward=reward, progress=progress, **settings
+    with address.bind() as bound:
+        reporter = Reporter(is_quiet=quiet)
+        with reporter.loading() as progress:
+            choice = models.choose()
+            check = choice.pair.check if choice.pair else None
+            if force and check is None:
+                raise UsageError("--force has no meaning: these models take any problem")
+            settings = settings_from({**options, "reward": reward}, choice)
+            solver = replace(models, pair=choice.pair.name if choice.pair else None).load(
+                reward=reward, progress=progress, **settings
+            )
+        reporter.start(solver, choice)
+        if not quiet:
+            log_to_stderr()
+        name = served_name or (choice.pair.name if choice.pair else None)
+        run(
+            solver,
+            name or Path(choice.target or choice.draft or BUILT_IN_PAIR).name,
+            address,
+            bound,
+            limits,
+            check=check,
+            is_forced=force,
+            logs_prompts=log_prompts,
+            begun=lambda url: click.echo(
+                f"Listening at {url}/v1; a page to try it: {url}/", err=True
+            ),
         )
-    reporter.start(solver, choice)
-    if not quiet:
-        log_to_stderr()
-    name = served_name or (choice.pair.name if choice.pair else None)
-    run(
-        solver,
-        name or Path(choice.target or choice.draft or BUILT_IN_PAIR).name,
-        address,
-        limits,
-        check=check,
-        is_forced=force,
-        logs_prompts=log_prompts,
-        begun=lambda url: click.echo(f"Listening at {url}/v1; a page to try it: {url}/", err=True),
-    )

@@ -7,6 +7,7 @@ import logging
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner
@@ -190,7 +191,15 @@ def test_keys_are_lines_of_a_file(tmp_path: Path) -> None:
 
 
 def test_an_address_that_is_taken_is_an_error_with_a_hint() -> None:
-    with Address(port=0).listen() as taken:
+    address = Address(port=0)
+    with address.bind() as taken:
+        port = taken.getsockname()[1]
+        assert address.listen(taken) == f"http://127.0.0.1:{port}"
         with pytest.raises(SpecguardError, match="cannot be listened at") as refused:
-            Address(port=taken.getsockname()[1]).listen()
+            Address(port=port).bind()
         assert "--port" in refused.value.hint
+        result = CliRunner().invoke(main, ["serve", "--port", str(port)])
+        assert result.exit_code == 1
+        assert "loading" not in result.stderr
+    sixth: Any = Mock(getsockname=lambda: ("::1", 80, 0, 0))  # not every machine has it
+    assert Address("::1").listen(sixth) == "http://[::1]:80"

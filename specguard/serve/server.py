@@ -62,8 +62,8 @@ class Address:
         """The names by which it may be asked for; None: any, where a key is needed."""
         return None if self.keys else ("localhost", "127.0.0.1", "::1", self.host)
 
-    def listen(self) -> socket.socket:
-        """The open socket.
+    def bind(self) -> socket.socket:
+        """A socket that has the address, and does not listen yet.
 
         Raises:
             SpecguardError: the address cannot be had.
@@ -77,14 +77,29 @@ class Address:
             if sys.platform != "win32":
                 opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             opened.bind((self.host, self.port))
-            opened.listen(_BACKLOG)
         except OSError as error:
             opened.close()
-            raise SpecguardError(
-                f"{self.host}:{self.port} cannot be listened at: {error.strerror}",
-                "choose another --port; 0 takes any that is free",
-            ) from error
+            raise self._taken(error) from error
         return opened
+
+    def listen(self, bound: socket.socket) -> str:
+        """Listen; the URL.
+
+        Raises:
+            SpecguardError: somebody else does by now.
+        """
+        try:
+            bound.listen(_BACKLOG)
+        except OSError as error:
+            raise self._taken(error) from error
+        host, port = bound.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def _taken(self, error: OSError) -> SpecguardError:
+        return SpecguardError(
+            f"{self.host}:{self.port} cannot be listened at: {error.strerror}",
+            "choose another --port; 0 takes any that is free",
+        )
 
 
 def read_keys(file: Path) -> tuple[str, ...]:
@@ -108,6 +123,7 @@ def serve(
     solver: Solver,
     name: str,
     address: Address,
+    bound: socket.socket,
     limits: Limits,
     *,
     check: Callable[[str], None] | None = None,
@@ -121,6 +137,8 @@ def serve(
         solver: what solves.
         name: what clients call it.
         address: where to listen.
+        bound: what `Address.bind` gave, before the models were loaded: so that nobody waits for
+            them in vain.
         limits: of what is taken on.
         check: refuses a problem that the pair was not made for.
         is_forced: takes such problems all the same.
@@ -131,7 +149,7 @@ def serve(
         SpecguardError: the address cannot be had.
     """
     metrics = Metrics()
-    with address.listen() as listening, Worker(solver, limits, metrics) as worker, _patiently():
+    with Worker(solver, limits, metrics) as worker, _patiently():
         service = Service(solver, worker, limits, name, check, is_forced, logs_prompts)
         app = guarded(
             service, metrics, keys=address.keys, hosts=address.hosts, origins=address.origins
@@ -144,10 +162,10 @@ def serve(
             lifespan="off",
             timeout_graceful_shutdown=round(limits.drain_seconds),
         )
-        host, port = listening.getsockname()[:2]
+        url = address.listen(bound)
         if begun is not None:
-            begun(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-        asyncio.run(uvicorn.Server(config).serve(sockets=[listening]))
+            begun(url)
+        asyncio.run(uvicorn.Server(config).serve(sockets=[bound]))
 
 
 @contextmanager
