@@ -89,6 +89,18 @@ class TunableBackend(Backend, Protocol):
 
 
 @runtime_checkable
+class RoundingBackend(Backend, Protocol):
+    """A backend that may round the weights of a draft, where nobody chooses its number type."""
+
+    def draft_dtype(self, source: str) -> str:
+        """What a draft is best loaded as.
+
+        Raises:
+            SpecguardError: the model is missing or broken.
+        """
+
+
+@runtime_checkable
 class EstimatedBackend(Backend, Protocol):
     """A backend that says so of a model that is still to be downloaded, by its size."""
 

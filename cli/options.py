@@ -61,6 +61,9 @@ UNCHANGED = (
 )
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int4")
+
+
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
     """Which models to load, and where, as the options say."""
@@ -71,6 +74,7 @@ class ModelOptions:
     backend: str
     draft_backend: str | None
     dtype: str
+    draft_dtype: str | None
     engine_args: tuple[str, ...]
     trust_remote_code: bool
     profile: str | None
@@ -90,6 +94,7 @@ class ModelOptions:
             draft=self.draft,
             target=self.target,
             dtype=self.dtype,
+            draft_dtype=self.draft_dtype,
             engine_args=_named(self.engine_args),
             trust_remote_code=self.trust_remote_code,
             profile=self.profile,
@@ -155,9 +160,15 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
             ),
             click.option(
                 "--dtype",
-                type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+                type=click.Choice(DTYPES),
                 default="auto",
-                help="Number type of the weights.",
+                help="Number type of the weights; int4: rounded to 4 bits.",
+            ),
+            click.option(
+                "--draft-dtype",
+                type=click.Choice(DTYPES),
+                show_default="what suits a draft",
+                help="The draft's alone.",
             ),
             click.option(
                 "--engine-arg",

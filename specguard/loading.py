@@ -10,6 +10,7 @@ from specguard.backends.registry import (
     AUTO,
     Backend,
     MeasuredBackend,
+    RoundingBackend,
     TunableBackend,
     arguments_by_role,
     backend_for,
@@ -70,6 +71,7 @@ def load(
     draft: str | None = None,
     target: str | None = None,
     dtype: str = "auto",
+    draft_dtype: str | None = None,
     engine_args: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
     profile: str | None = None,
@@ -88,7 +90,9 @@ def load(
         draft_backend: of the draft alone, where it runs elsewhere than the target.
         draft: a folder, a GGUF file or a downloaded hub id in place of the pair's draft.
         target: the same for the target.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``auto``, ``float32``, ``bfloat16``, ``float16``, or ``int4``: rounded to 4 bits.
+        draft_dtype: of the draft alone. None: the same; and where that is ``auto``, what suits a
+            draft: its weights may be rounded, since the target judges what comes of it.
         engine_args: arguments of vLLM's or llama.cpp's engine, by name; ``draft.name`` and
             ``target.name`` are for one of the two.
         trust_remote_code: run Python code that comes with a checkpoint.
@@ -119,14 +123,22 @@ def load(
     )
     if profile is not None and choice.profile is not None:
         choice.profile.check(sources)
-    models = [(source, choice.backends[role], arguments[role]) for role, source in sources.items()]
+    dtypes = dict.fromkeys(sources, dtype)
+    if "draft" in sources:
+        dtypes["draft"] = draft_dtype or _draft_dtype(choice, sources["draft"], dtype)
+    elif draft_dtype is not None:
+        raise UsageError("there is no draft here whose number type could be chosen")
+    models = [
+        (source, choice.backends[role], arguments[role], dtypes[role])
+        for role, source in sources.items()
+    ]
     needs_judge = reward is not None or config.method == "rsd"
     if needs_judge:
-        models.append((_reward_source(choice.pair, reward), backend, {}))
+        models.append((_reward_source(choice.pair, reward), backend, {}, dtype))
     num_drafted = config.num_candidates * config.max_step_tokens if config.is_stepwise else 0
     num_written = config.max_tokens or typical_tokens(config.thinking)
-    _check_memory(models, num_written + num_drafted, dtype)
-    engines = _load_engines(choice, sources, arguments, dtype, trust_remote_code, progress)
+    _check_memory(models, num_written + num_drafted)
+    engines = _load_engines(choice, sources, arguments, dtypes, trust_remote_code, progress)
     judge = None
     if needs_judge:
         judge = load_reward(choice.pair, reward, backend, dtype, trust_remote_code, progress)
@@ -135,6 +147,10 @@ def load(
     notes = [getattr(engine, "note", "") for engine in engines.values()]
     if profile is None and choice.profile is not None and config.method == "specguard":
         notes.insert(0, choice.profile.note)
+    if draft_dtype is None and dtypes.get("draft", dtype) != dtype:
+        notes.append(
+            f"the draft's weights are rounded ({dtypes['draft']}); --draft-dtype auto: they are not"
+        )
     solver.notes += dict.fromkeys(filter(None, notes))
     if len(sources) == 2 and _are_one(*sources.values()):
         solver.notes.append("draft and target are the same model: there is nothing to gain")
@@ -143,7 +159,7 @@ def load(
         solver.config, found = settle_cost(
             solver.pair,
             solver.config,
-            conditions_for(sources, choice.backends, arguments, dtype, reward, solver.config),
+            conditions_for(sources, choice.backends, arguments, dtypes, reward, solver.config),
             chosen=settings,
             anew=remeasure,
             progress=progress,
@@ -169,7 +185,7 @@ def load_reward(
         SpecguardError: it cannot be used, or does not fit into the memory.
     """
     source = _reward_source(pair, reward)
-    _check_memory([(source, backend, {})], typical_tokens(), dtype)
+    _check_memory([(source, backend, {}, dtype)], typical_tokens())
     if progress is not None:
         progress(source)
     from specguard.backends.reward import load_reward_model
@@ -312,7 +328,7 @@ def _load_engines(
     choice: Choice,
     sources: dict[Author, str],
     arguments: Mapping[str, Mapping[str, str]],
-    dtype: str,
+    dtypes: Mapping[Author, str],
     trust_remote_code: bool,
     progress: Callable[[str], None] | None,
 ) -> dict[Author, Engine]:
@@ -323,8 +339,16 @@ def _load_engines(
         _, backend, device = choose_backend(choice.backends[role])
         if isinstance(backend, TunableBackend):
             backend = backend.with_arguments(arguments[role])
-        engines[role] = backend.load(source, dtype, trust_remote_code, device)
+        engines[role] = backend.load(source, dtypes[role], trust_remote_code, device)
     return engines
+
+
+def _draft_dtype(choice: Choice, source: str, dtype: str) -> str:
+    """What a draft is loaded as where nobody says so."""
+    _, backend, _ = choose_backend(choice.backends["draft"])
+    if dtype == "auto" and isinstance(backend, RoundingBackend):
+        return backend.draft_dtype(source)
+    return dtype
 
 
 def _reward_source(pair: ModelPair | None, reward: str | None) -> str:
@@ -335,14 +359,14 @@ def _reward_source(pair: ModelPair | None, reward: str | None) -> str:
 
 
 def _check_memory(
-    models: Sequence[tuple[str, str, Mapping[str, str]]], num_tokens: int, dtype: str
+    models: Sequence[tuple[str, str, Mapping[str, str], str]], num_tokens: int
 ) -> None:
     """Refuse what does not fit before any of it is loaded.
 
-    ``models`` are sources, backends and the arguments of their engines.
+    ``models`` are sources, backends, the arguments of their engines, and number types.
     """
     demands = []
-    for source, name, arguments in models:
+    for source, name, arguments, dtype in models:
         _, backend, device = choose_backend(name)
         if arguments and isinstance(backend, TunableBackend):
             backend = backend.with_arguments(arguments)

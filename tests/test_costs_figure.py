@@ -35,7 +35,6 @@ CONFIG = SolveConfig(verifier=LOG_PROB)
 HERE: dict[str, Any] = {
     "draft": {"name": str(TINY / "draft"), "device": "2 threads"},
     "target": {"name": str(TINY / "target"), "device": "2 threads"},
-    "dtype": "auto",
 }
 ELSEWHERE = {**HERE, "target": {"name": "some/target", "device": "a GPU"}}
 PAYS = {"token": 0.01, "pass_": 0.02}
@@ -261,7 +260,7 @@ def conditions(config: SolveConfig = CONFIG, **more: Any) -> Mapping[str, Any]:
         "sources": sources,
         "backends": backends,
         "arguments": {},
-        "dtype": "auto",
+        "dtypes": {"draft": "auto", "target": "auto"},
         "reward": None,
     }
     return conditions_for(**{**given, **more}, config=config)
@@ -276,7 +275,7 @@ def test_a_figure_holds_for_what_it_depends_on_and_nothing_else(
     swapped: dict[Author, str] = {"draft": str(TINY / "target"), "target": str(TINY / "draft")}
     others = [
         conditions(sources=swapped),
-        conditions(dtype="bfloat16"),
+        conditions(dtypes={"draft": "int4", "target": "auto"}),
         conditions(arguments={"target": {"block_size": "32"}}),
         conditions(replace(CONFIG, num_candidates=8)),
         conditions(replace(CONFIG, num_candidates=4, selector="draft", sampling=Sampling())),

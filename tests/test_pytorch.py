@@ -184,9 +184,9 @@ def test_fused_layers_run_in_bfloat16(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from specguard.backends.pytorch import fused as fused_layers
+    from specguard.backends.pytorch import matrix
 
-    monkeypatch.setattr(fused_layers, "_HAS_AMX", has_amx)
+    monkeypatch.setattr(matrix, "_HAS_AMX", has_amx)
     folder = str(make_checkpoint(tmp_path / "model", family, **settings))
     exact = load_model(folder)
     fused = load_model(folder, dtype="bfloat16")
@@ -244,7 +244,7 @@ def test_fused_layers_hold_nothing_twice(checkpoint: Path) -> None:
     assert isinstance(layer, TorchLayer)
     assert layer._fused is not None
     module = layer.model.base_model.layers[0].self_attn
-    assert module.q_proj.weight.data_ptr() == layer._fused._layers[0].qkv.data_ptr()
+    assert module.q_proj.weight.data_ptr() == layer._fused._layers[0].qkv.weight.data_ptr()
 
 
 @pytest.mark.parametrize("spoiled", ["_rotate", "_normed", "late"])

@@ -3,6 +3,7 @@
 from typing import Any
 
 import mlx.core as mx
+from mlx import nn
 from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load_model as load_mlx_model
 
@@ -13,7 +14,9 @@ from specguard.backends.mlx.layer import MlxLayer
 from specguard.backends.tokenizer import FolderTokenizer
 from specguard.core.errors import SpecguardError
 
-_BYTES_QUANTISED = 4.5 / 8  # 4 bits, and two numbers of 16 for each group of 64
+PACKED = "int4"  # what weights quantised to 4 bits are called as a number type
+_GROUP = 64  # weights of a row that share a scale and an offset
+_BYTES_QUANTISED = 0.5 + 2 * 2 / _GROUP
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -23,8 +26,8 @@ def load_model(
     """Load a folder or a downloaded hub id (``owner/name[@revision]``), quantised or not.
 
     ``dtype`` "auto" is what the checkpoint holds on a GPU and float32 on a CPU. Quantised weights
-    stay as they are; the dtype is then that of everything else. ``is_headless`` is for reward
-    models: a language head is not asked for.
+    stay as they are; the dtype is then that of everything else. "int4" quantises weights that are
+    not. ``is_headless`` is for reward models: a language head is not asked for.
 
     Raises:
         SpecguardError: too little memory, or a checkpoint that is missing, broken, or of a kind
@@ -33,6 +36,8 @@ def load_model(
     number_type = _dtype(dtype)
     checkpoint = open_checkpoint(source)
     checkpoint.check_head(is_headless)
+    if dtype == PACKED and "quantization" in checkpoint.config:
+        raise SpecguardError(f"{source} is quantised already", "leave out that it is to be int4")
     refusal = checkpoint.capture_refusal or _rope_refusal(checkpoint)
     if refusal is not None:
         raise SpecguardError(
@@ -52,6 +57,8 @@ def load_model(
         )
         if number_type is not None:
             model.set_dtype(number_type)
+        if dtype == PACKED:
+            nn.quantize(model, _GROUP, 4, class_predicate=_fits)
         mx.eval(model.parameters())
     # A module of mlx-lm that lacks a package of its own exits at import.
     except (Exception, SystemExit) as error:
@@ -66,6 +73,11 @@ def load_model(
         tokenizer,
         context_limit=checkpoint.context_limit,
     )
+
+
+def _fits(_: str, module: Any) -> bool:
+    """Whether a module's weight can be quantised in groups."""
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % _GROUP == 0
 
 
 def _headless_classes(config: dict[str, Any]) -> tuple[type[Any], type[Any]]:
@@ -121,7 +133,9 @@ def demand(source: str, dtype: str) -> Demand:
     checkpoint = open_checkpoint(source)
     size = 2 if number_type is None else number_type.size
     weights = checkpoint.num_bytes
-    if number_type is not None and "quantization" not in checkpoint.config:
+    if dtype == PACKED:
+        weights = round(checkpoint.num_parameters * _BYTES_QUANTISED)
+    elif number_type is not None and "quantization" not in checkpoint.config:
         weights = checkpoint.num_parameters * size
     return Demand(source, this_machine(), weights, checkpoint.num_cached_numbers * size)
 
@@ -151,8 +165,10 @@ def _hint(reason: str) -> str:
 
 
 def _dtype(name: str) -> mx.Dtype | None:
-    if name == "auto":
+    if name in ("auto", PACKED):
         return None if mx.default_device() == mx.gpu else mx.float32
     if name not in _DTYPES:
-        raise SpecguardError(f"unknown dtype {name!r}", f"dtypes: auto, {', '.join(_DTYPES)}")
+        raise SpecguardError(
+            f"unknown dtype {name!r}", f"dtypes: auto, {', '.join(_DTYPES)}, {PACKED}"
+        )
     return _DTYPES[name]

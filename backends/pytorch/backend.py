@@ -62,6 +62,12 @@ class TorchBackend:
 
         return estimate(size, device or self.name)
 
+    def draft_dtype(self, source: str) -> str:
+        """Weights of 4 bits where they are known to pay, "auto" elsewhere."""
+        from specguard.backends.pytorch.loading import draft_dtype
+
+        return draft_dtype(source) if self.name == "cpu" else "auto"
+
     def load(
         self,
         source: str,

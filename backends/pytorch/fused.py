@@ -5,7 +5,7 @@ CPU, where a model passes the comparison with its own layers at load. Norms are 
 precision, as transformers does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,39 +20,38 @@ from transformers import (
 )
 
 from specguard.backends.pytorch.attention import PlacedRow, attend_row
+from specguard.backends.pytorch.matrix import Matrix
 from specguard.core.reference import is_reference
 
+_FUSED = LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 _ROPE_TYPES = ("default", "linear", "llama3")
 _FIRST_POSITIONS = 512
-_FEW_ROWS = 64  # whose product with a matrix takes little longer than reading the matrix
-_HAS_AMX = torch.cpu._is_amx_tile_supported()
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One layer's weights, those with the same input in one. Matrices are [outputs, inputs].
+    """One layer's weights, those with the same input in one.
 
     ``head_norm`` [query and key heads, head_dim] are the gains of queries and keys, if these are
     normed (Qwen3).
     """
 
     input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
+    qkv: Matrix
     head_norm: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
+    out: Matrix
     post_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    gate_up: Matrix
+    down: Matrix
 
 
 class FusedLayers:
-    """The layers of a model as a function, if `why_not_fused` knows no reason against it."""
+    """The layers of a model as a function, if `why_not_fused` knows no reason against it.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    ``is_packed`` rounds the model's matrices to 4 bits, its own as well (`Matrix`).
+    """
+
+    def __init__(self, model: PreTrainedModel, is_packed: bool = False) -> None:
         config = model.config
         self._base: Any = model.base_model
         self._num_heads = int(config.num_attention_heads)
@@ -65,9 +64,11 @@ class FusedLayers:
         self._head_floor = torch.tensor((self._head_dim * epsilon) ** 0.5)
         self._norm = _gain(self._base.norm)
         self._layers = [
-            _fuse(layer, self._num_heads, self._num_kv_heads) for layer in self._base.layers
+            _fuse(layer, self._num_heads, self._num_kv_heads, is_packed)
+            for layer in self._base.layers
         ]
-        self._head = model.get_output_embeddings()
+        head: Any = model.get_output_embeddings()
+        self._head = Matrix(head.weight.data, head.bias, is_packed)
         self._turns = torch.empty(0)  # [positions, 2, 1, head_dim], grows with the positions
 
     def __call__(
@@ -84,7 +85,7 @@ class FusedLayers:
         states = functional.embedding(tokens, self._base.embed_tokens.weight)
         for index, layer in enumerate(self._layers):
             inputs = _normed(states, layer.input_norm, self._floor)
-            heads = _product(inputs, layer.qkv, layer.qkv_bias).contiguous()
+            heads = layer.qkv(inputs).contiguous()
             heads = heads.view(len(tokens), -1, self._head_dim)
             turning = heads[:, :num_rotated]
             if layer.head_norm is not None:
@@ -98,19 +99,15 @@ class FusedLayers:
                     attend_row(index, turned[:num_heads], turned[num_heads:], value, scale, placed)
                 )
             output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-            states = _product(output.view(len(tokens), -1), layer.out, states)
-            if layer.out_bias is not None:
-                states += layer.out_bias
+            states = layer.out(output.view(len(tokens), -1), states)
             inputs = _normed(states, layer.post_norm, self._floor)
-            gate, up = _product(inputs, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
-            states = _product(functional.silu(gate).mul_(up), layer.down, states)
-            if layer.down_bias is not None:
-                states += layer.down_bias
+            gate, up = layer.gate_up(inputs).chunk(2, -1)
+            states = layer.down(functional.silu(gate).mul_(up), states)
         return _normed(states, self._norm, self._floor).contiguous()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What the head makes of final hidden states; without the hooks of a module's call."""
-        return _product(hidden, self._head.weight, self._head.bias).contiguous()
+        return self._head(hidden).contiguous()
 
     def _rotation(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines [N, 1, head_dim] of positions before ``end``."""
@@ -126,20 +123,16 @@ class FusedLayers:
 
 def why_not_fused(model: PreTrainedModel) -> str | None:
     """Why a model cannot be run by fused layers, or None."""
-    config = model.config
     if is_reference():
         return "the reference switch is on"
-    if type(model) not in (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM):
+    if type(model) not in _FUSED:
         return f"fused layers know Llama, Qwen2 and Qwen3, and this is {type(model).__name__}"
+    reason = why_config_not_fused(model.config.to_dict())
+    if reason is not None:
+        return reason
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if model.device.type != "cpu" or dtypes not in ({torch.float32}, {torch.bfloat16}):
         return "fused layers compute in float32 or bfloat16 on a CPU"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") not in _ROPE_TYPES:
-        return f"fused layers do not know {rope['rope_type']} positions"
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"} or config.hidden_act != "silu":
-        return "fused layers have full attention and SiLU throughout"
     modules = [
         module
         for layer in model.base_model.layers
@@ -151,37 +144,48 @@ def why_not_fused(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _fuse(layer: Any, num_heads: int, num_kv_heads: int) -> _Layer:
+def why_config_not_fused(config: Mapping[str, Any]) -> str | None:
+    """The same by a config alone."""
+    if config.get("model_type") not in {kind.config_class.model_type for kind in _FUSED}:
+        return f"fused layers do not know {config.get('model_type')} models"
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in _ROPE_TYPES:
+        return f"fused layers do not know {kind} positions"
+    layer_types = set(config.get("layer_types") or ["full_attention"])
+    if layer_types != {"full_attention"} or config.get("hidden_act") != "silu":
+        return "fused layers have full attention and SiLU throughout"
+    return None
+
+
+def _fuse(layer: Any, num_heads: int, num_kv_heads: int, is_packed: bool) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    qkv, qkv_bias = _fused(attention.q_proj, attention.k_proj, attention.v_proj)
-    gate_up, gate_up_bias = _fused(mlp.gate_proj, mlp.up_proj)
     head_norm = None
     if hasattr(attention, "q_norm"):
         gains = [_gain(attention.q_norm)] * num_heads + [_gain(attention.k_norm)] * num_kv_heads
         head_norm = torch.stack(gains)
     return _Layer(
         _gain(layer.input_layernorm),
-        qkv,
-        qkv_bias,
+        _fused(is_packed, attention.q_proj, attention.k_proj, attention.v_proj),
         head_norm,
-        attention.o_proj.weight.data,
-        attention.o_proj.bias,
+        _fused(is_packed, attention.o_proj),
         _gain(layer.post_attention_layernorm),
-        gate_up,
-        gate_up_bias,
-        mlp.down_proj.weight.data,
-        mlp.down_proj.bias,
+        _fused(is_packed, mlp.gate_proj, mlp.up_proj),
+        _fused(is_packed, mlp.down_proj),
     )
 
 
-def _fused(*modules: nn.Linear) -> tuple[Tensor, Tensor | None]:
+def _fused(is_packed: bool, *modules: nn.Linear) -> Matrix:
     """Weights and biases one after the other."""
     biases = [module.bias for module in modules if module.bias is not None]
-    return _joined([module.weight for module in modules]), _joined(biases) if biases else None
+    weight = _joined([module.weight for module in modules])
+    return Matrix(weight, _joined(biases) if biases else None, is_packed)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """One tensor; the parts become views of it, so that nothing is held twice."""
+    if len(parts) == 1:
+        return parts[0].data
     whole = torch.cat([part.data for part in parts])
     for part, piece in zip(parts, whole.split([len(part) for part in parts]), strict=True):
         part.data = piece
@@ -200,23 +204,6 @@ def _normed(states: Tensor, gain: Tensor, floor: Tensor) -> Tensor:
     wide = states.float()
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return (wide / torch.hypot(length, floor)).mul_(gain).to(states.dtype)
-
-
-def _product(inputs: Tensor, weight: Tensor, added: Tensor | None) -> Tensor:
-    """Inputs [N, I] times a weight [O, I], and ``added`` [O] or [N, O]: [N, O], in any layout."""
-    if not _HAS_AMX or inputs.dtype == torch.float32 or len(inputs) > _FEW_ROWS:
-        weight = weight.t()
-        return torch.mm(inputs, weight) if added is None else torch.addmm(added, inputs, weight)
-    # For AMX the right factor is packed anew in each product: it must not be the weight.
-    if len(inputs) == 1:
-        vector = inputs[0]
-        if added is None:
-            return torch.mv(weight, vector).unsqueeze(0)
-        return torch.addmv(added.view(-1), weight, vector).unsqueeze(0)
-    if added is None:
-        return torch.mm(weight, inputs.t()).t()
-    columns = added.unsqueeze(1) if added.dim() == 1 else added.t()
-    return torch.addmm(columns, weight, inputs.t()).t()
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

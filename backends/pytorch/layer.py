@@ -40,16 +40,19 @@ class TorchLayer:
     """Runs the passes of one model.
 
     Logits are cut to ``num_tokens``: rows of a padded vocabulary stand for no token, and the other
-    model of a pair may not have them. ``why_not_fused`` says why transformers' own layers run.
+    model of a pair may not have them. ``is_packed`` rounds the weights to 4 bits.
+    ``why_not_fused`` says why transformers' own layers run.
 
     Raises:
         SpecguardError: the model keeps a state that cannot be cut back, or has attention that
-            these passes cannot express.
+            these passes cannot express, or is to be packed and cannot be fused.
     """
 
     most_waiting_logits = _MOST_WAITING_LOGITS
 
-    def __init__(self, model: PreTrainedModel, name: str, num_tokens: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, name: str, num_tokens: int, is_packed: bool = False
+    ) -> None:
         self.model = model.eval()
         self._num_tokens = num_tokens
         self.device = model.device
@@ -76,7 +79,11 @@ class TorchLayer:
         with torch.inference_mode():
             self._probe(name)
             if self.why_not_fused is None:
-                self._fuse()
+                self._fuse(is_packed)
+            elif is_packed:
+                raise SpecguardError(
+                    f"{name} cannot be rounded to 4 bits: {self.why_not_fused}", "try --dtype auto"
+                )
 
     def new_buffer(self) -> KVBuffer:
         """An empty buffer."""
@@ -372,11 +379,11 @@ class TorchLayer:
     def _keep_head_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._head_input = inputs[0]
 
-    def _fuse(self) -> None:
+    def _fuse(self, is_packed: bool) -> None:
         """Fused layers, if they do what the model's own layers do."""
+        fused = FusedLayers(self.model, is_packed)  # what it rounds, the own layers see rounded
         expected = self._sample_passes()
         tolerance = _TOLERANCES[self.model.dtype]
-        fused = FusedLayers(self.model)
         self._fused = fused
         for own, found in zip(expected, self._sample_passes(), strict=True):
             scale = max(1.0, float(own.abs().max()))

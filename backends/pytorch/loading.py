@@ -11,11 +11,19 @@ from specguard.backends.checkpoint import Checkpoint, open_checkpoint
 from specguard.backends.local.engine import LocalEngine
 from specguard.backends.memory import Demand, ModelSize, Place, this_machine
 from specguard.backends.pytorch.attention import ATTENTION_NAME, register
+from specguard.backends.pytorch.fused import why_config_not_fused
 from specguard.backends.pytorch.layer import TorchLayer, is_out_of_memory
+from specguard.backends.pytorch.matrix import PACKED, PACKED_BYTES
 from specguard.backends.tokenizer import FolderTokenizer
 from specguard.core.errors import SpecguardError
+from specguard.core.reference import is_reference
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    PACKED: torch.bfloat16,
+}
 _LARGE = 10**8  # parameters
 _USABLE_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -30,8 +38,9 @@ def load_model(
     """Load a folder or a downloaded hub id (``owner/name[@revision]``).
 
     ``dtype`` "auto" is bfloat16 on CUDA, float16 on MPS, and on a CPU float32, or bfloat16 for a
-    large checkpoint in bfloat16 where the processor computes with it. ``is_headless`` is
-    for reward models: a language head is not asked for.
+    large checkpoint in bfloat16 where the processor computes with it; "int4" is bfloat16 with
+    weights rounded to 4 bits. ``is_headless`` is for reward models: a language head is not asked
+    for.
 
     Raises:
         SpecguardError: no such device, too little memory, or a checkpoint that is missing, broken
@@ -76,7 +85,7 @@ def load_model(
             "download or copy them again",
         )
     num_tokens = max(tokenizer.vocabulary.values()) + 1
-    layer = TorchLayer(model, source, num_tokens)
+    layer = TorchLayer(model, source, num_tokens, is_packed=dtype == PACKED)
     return LocalEngine(
         source,
         layer,
@@ -94,6 +103,25 @@ def _note(layer: TorchLayer) -> str:
     return f"transformers' own layers run it: {layer.why_not_fused}"
 
 
+def draft_dtype(source: str) -> str:
+    """What a draft is best loaded as on a CPU: "int4" where that is known to pay, else "auto".
+
+    It pays where a pass takes as long as reading the weights does, in a type that is computed with.
+    """
+    checkpoint = open_checkpoint(source)
+    number_type = _dtype(
+        "auto", torch.device("cpu"), checkpoint.num_parameters, checkpoint.number_type
+    )
+    can_be_rounded = (
+        number_type == torch.bfloat16
+        and not is_reference()
+        and checkpoint.capture_refusal is None
+        and "quantization_config" not in checkpoint.config
+        and why_config_not_fused(checkpoint.config) is None
+    )
+    return PACKED if can_be_rounded else "auto"
+
+
 def demand(source: str, device: str, dtype: str) -> Demand:
     """What a model will take of the memory of its device; arguments as in `load_model`."""
     checkpoint = open_checkpoint(source)
@@ -109,12 +137,16 @@ def estimate(size: ModelSize, device: str) -> Demand:
 def _demand(name: str, size: ModelSize, device: str, dtype: str, number_type: str) -> Demand:
     place = _device(device)
     num_bytes = _dtype(dtype, place, size.num_parameters, number_type).itemsize
+    num_packed_bytes = PACKED_BYTES if dtype == PACKED else 0
     memory = this_machine()
     if place.type == "cuda":
         # "cuda" and "cuda:0" are one.
         memory = Place(f"GPU {place.index or 0}", torch.cuda.mem_get_info(place)[0])
     return Demand(
-        name, memory, size.num_parameters * num_bytes, size.num_cached_numbers * num_bytes
+        name,
+        memory,
+        round(size.num_parameters * (num_bytes + num_packed_bytes)),
+        size.num_cached_numbers * num_bytes,
     )
 
 
@@ -174,6 +206,11 @@ def _dtype(name: str, device: torch.device, num_parameters: int, held: str) -> t
         return torch.float16 if device.type == "mps" else torch.bfloat16
     if name not in _DTYPES:
         raise SpecguardError(f"unknown dtype {name!r}", f"dtypes: auto, {', '.join(_DTYPES)}")
+    if name == PACKED and device.type != "cpu":
+        raise SpecguardError(
+            f"torch rounds weights to 4 bits on a CPU alone, not on {device}",
+            "try --dtype auto, or a checkpoint that is quantised already",
+        )
     return _DTYPES[name]
 
 

@@ -131,6 +131,11 @@ _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 def _number_type(checkpoint: Checkpoint, dtype: str) -> str:
     """The weights' own type: vLLM's "auto" turns float32 into less."""
+    if dtype == "int4":
+        raise SpecguardError(
+            "vLLM rounds no weights to 4 bits by itself",
+            "choose a checkpoint that is quantised already (AWQ, GPTQ)",
+        )
     own = checkpoint.number_type
     return own if dtype == "auto" and own in _SIZES else dtype
 

@@ -79,7 +79,7 @@ def conditions_for(
     sources: Mapping[Author, str],
     backends: Mapping[Author, str],
     arguments: Mapping[str, Mapping[str, str]],
-    dtype: str,
+    dtypes: Mapping[Author, str],
     reward: str | None,
     config: SolveConfig,
 ) -> Conditions:
@@ -95,12 +95,12 @@ def conditions_for(
             "backend": device or name,
             "device": status.device,
             "version": status.version,
+            "dtype": dtypes[role],
             "arguments": dict(arguments.get(role, {})),
         }
     return {
         **models,
         "reward": reward if config.method == "rsd" else None,
-        "dtype": dtype,
         "machine": hardware(),
         "specguard": installed_version("specguard"),
         "is_reference": is_reference(),
