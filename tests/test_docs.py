@@ -75,16 +75,22 @@ def parse(words: list[str], is_whole: bool) -> None:
     _parse(module.main, words[3:], is_whole=False)  # some want files that a run leaves
 
 
-def _parse(command: click.Command, arguments: list[str], is_whole: bool) -> None:
-    context = click.Context(command)
+def _parse(
+    command: click.Command,
+    arguments: list[str],
+    is_whole: bool,
+    parent: click.Context | None = None,
+) -> None:
+    # As it is called: a command keeps the help option that it was first asked for.
+    context = click.Context(command, parent, **command.context_settings)
     _, rest, _ = command.make_parser(context).parse_args(list(arguments))
     if isinstance(command, click.Group) and rest:
         inner = command.get_command(context, rest[0])
         if inner is None:
             raise click.UsageError(f"no command is called {rest[0]!r}")
-        _parse(inner, rest[1:], is_whole)
+        _parse(inner, rest[1:], is_whole, context)
     elif is_whole:
-        command.make_context(command.name, list(arguments))
+        command.make_context(command.name, list(arguments), parent)
 
 
 @pytest.mark.parametrize(
