@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from specguard.cli.values import CANDIDATES, CORRECTIONS, COUNT, SEED, SHARE, Number
+from specguard.cli.values import CANDIDATES, CORRECTIONS, COUNT, GUESSES, SEED, SHARE, Number
 from specguard.core import DraftCost, RewardModel, Solver
 from specguard.core.config import (
     PAPER_CANDIDATES,
@@ -39,10 +39,10 @@ LIMITED = {
     "rewrite_from": ("--rewrite-from", _SPECGUARD),
     "num_corrections": ("--corrections", _SPECGUARD),
     "rewrite_temperature": ("--rewrite-temperature", _STEPWISE),
-    "num_speculated": ("--speculate", ("sd",)),
+    "num_speculated": ("--speculate", ("sd", *_STEPWISE)),
     "reward": ("--reward", ("rsd",)),
     "no_fallback": ("--no-fallback", _STEPWISE),
-    "draft_cost": ("--draft-cost", _STEPWISE),
+    "draft_cost": ("--draft-cost", ("sd", *_STEPWISE)),
 }
 # Options that are fields of `SolveConfig` as they stand.
 UNCHANGED = (
@@ -310,9 +310,9 @@ def method_options(command: F) -> F:
             click.option(
                 "--speculate",
                 "num_speculated",
-                type=CANDIDATES,
-                show_default="4",
-                help="Tokens that the draft guesses ahead in --method sd.",
+                type=GUESSES,
+                show_default="as many as pay here",
+                help="Tokens that the draft guesses ahead where the target writes; 0: none.",
             ),
             click.option(
                 "--max-tokens",

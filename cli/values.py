@@ -82,6 +82,7 @@ class Part(click.ParamType[tuple[int, int]]):
 
 SHARE = Number(0, 1)
 CANDIDATES = Whole(1, MAX_CANDIDATES)
+GUESSES = Whole(0, MAX_CANDIDATES)
 CORRECTIONS = Whole(0, MAX_CORRECTIONS)
 COUNT = Whole(1, _MAX_COUNT)
 SEED = Whole(0, _MAX_SEED)

@@ -154,7 +154,7 @@ def load(
     solver.notes += dict.fromkeys(filter(None, notes))
     if len(sources) == 2 and _are_one(*sources.values()):
         solver.notes.append("draft and target are the same model: there is nothing to gain")
-    if config.is_stepwise and "draft_cost" not in settings:
+    if len(sources) == 2 and "draft_cost" not in settings:
         reward = None if judge is None else judge.name
         solver.config, found = settle_cost(
             solver.pair,

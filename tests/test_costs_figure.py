@@ -231,7 +231,7 @@ def test_candidates_that_the_target_chooses_among_are_for_accuracy() -> None:
 
 
 def test_a_plain_method_asks_for_no_figure() -> None:
-    for method in "target", "draft", "sd":
+    for method in "target", "draft":
         config = replace(CONFIG, method=method)
         settled = Settled(config)
         assert (settled.config, settled.notes, settled.is_measured) == (config, [], False)

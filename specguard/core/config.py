@@ -189,7 +189,9 @@ class SolveConfig:
     """Everything that decides a solution, besides the models and the problem.
 
     ``method`` "target" or "draft" is plain decoding by that model, "sd" token-level speculative
-    sampling of the target in blocks of ``num_speculated`` tokens. "rsd" is reward-guided
+    sampling of the target. ``num_speculated`` is how many tokens the draft guesses ahead there, and
+    in steps that the target writes in other methods; None: as many as pay by the ``draft_cost``, 0:
+    none. "rsd" is reward-guided
     speculative decoding (Liao et al. 2025): a process reward model judges the draft's steps, which
     pass from ``reward_threshold`` on; one candidate a step is usual there. ``num_first_candidates``
     are drawn first and the others only where these disagree. ``draft_cost`` lets the target go on
@@ -211,7 +213,7 @@ class SolveConfig:
     num_first_candidates: int | None = None
     sampling: Sampling | None = None
     rewrite_sampling: Sampling = GREEDY
-    num_speculated: int = 4
+    num_speculated: int | None = None
     reward_threshold: float = 0.7
     draft_cost: DraftCost | None = None
     selector: str = TARGET_SELECTOR
@@ -232,7 +234,6 @@ class SolveConfig:
             raise UsageError(f"no method is called {self.method!r}", f"methods: {known}")
         for name in (
             "num_candidates",
-            "num_speculated",
             "max_step_tokens",
             "max_tokens",
             "max_steps",
@@ -240,8 +241,11 @@ class SolveConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, not {value}")
+        least = 1 if self.method == "sd" else 0
+        if self.num_speculated is not None and self.num_speculated < least:
+            raise UsageError(f"num_speculated must be at least {least}, not {self.num_speculated}")
         for name in ("num_candidates", "num_speculated"):
-            if getattr(self, name) > MAX_CANDIDATES:
+            if (getattr(self, name) or 0) > MAX_CANDIDATES:
                 raise UsageError(
                     f"{name} must be at most {MAX_CANDIDATES}, not {getattr(self, name)}"
                 )

@@ -63,7 +63,8 @@ class Fallback:
     would have taken draws r - 1 on it, or pays 1 - r back. Used up, the target goes on alone for
     some steps, after which drafting is tried again with half of it; pauses double until the credit
     is whole. Where drafting could not pay if every step were accepted, it is never begun:
-    ``at_best`` is what it would take then, as a share of the target's own time.
+    ``at_best`` is what it would take then, as a share of the target's own time. ``pace`` is what a
+    token costs that the target writes: below 1 where the draft guesses ahead.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Fallback:
     ) -> None:
         self._cost = cost
         self.at_best = 0.0 if cost is None else cost.at_best(num_candidates, num_verified)
+        self.pace = 1.0
         self._credit = _CREDIT
         self._num_paused = 0
         self._pause = _FIRST_PAUSE
@@ -78,7 +80,7 @@ class Fallback:
     @property
     def is_on(self) -> bool:
         """Whether the target is to write the next step without a draft."""
-        return self.at_best >= 1 or self._num_paused > 0
+        return self.at_best >= self.pace or self._num_paused > 0
 
     def saw_plain(self) -> None:
         """The target has written a step of the pause."""
@@ -101,9 +103,11 @@ class Fallback:
         """
         if self._cost is None:
             return
-        spent = self._cost.of_step(num_candidates, num_longest, num_read) + num_rewritten
+        spent = (
+            self._cost.of_step(num_candidates, num_longest, num_read) + num_rewritten * self.pace
+        )
         spent += num_corrections * (1 + self._cost.verification)
-        self._credit += 1 - spent / num_tokens
+        self._credit += 1 - spent / (num_tokens * self.pace)
         if self._credit >= _CREDIT:
             self._credit, self._pause = _CREDIT, _FIRST_PAUSE
         elif self._credit < 0:

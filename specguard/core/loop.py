@@ -29,7 +29,7 @@ from specguard.core.recorder import Recorder
 from specguard.core.records import Decision, Solution, StepRecord
 from specguard.core.reference import is_reference
 from specguard.core.selector import Embedder, best_verdict, distinct, select_medoid
-from specguard.core.speculation import write_by_guesses
+from specguard.core.speculation import Lookahead, write_by_guesses
 from specguard.core.step import StepState, WrittenStep
 from specguard.core.verifier import by_reward, verify
 
@@ -72,7 +72,9 @@ class Solving:
                 "shorten the problem or choose a pair with a longer context",
             )
         self.recorder = Recorder(problem, self.context)
+        self.lookahead = Lookahead(config, pair.can_guess(config))
         self.fallback = fallback_for(config)
+        self.fallback.pace = self.lookahead.pace
         self._embed = embed
         self._needs_embeddings = pair.embedder_for(config) == "draft"
         self._reward = pair.reward if config.method == "rsd" else None
@@ -237,9 +239,7 @@ class Solving:
                 self.context.knows("target")
             written = beginning
             if not is_whole:
-                sampling = self.config.rewrite_sampling
-                rest = await self._write("target", sampling, beginning.token_ids)
-                written = _joined(beginning, WrittenStep.of(rest))
+                written = _joined(beginning, await self._write_on(beginning.token_ids))
         return self._judged("rewritten", written, step)
 
     def _beginning(self, step: StepState) -> tuple[WrittenStep, bool]:
@@ -272,20 +272,28 @@ class Solving:
     async def write_alone(self) -> StepRecord:
         """The next step by one model, nothing judging it; "sd" lets the draft guess tokens."""
         recorder, method = self.recorder, self.config.method
-        if self.fallback.is_on:
+        if self.config.is_stepwise:
             self.fallback.saw_plain()
             with recorder.phase("rewrite"):
-                candidate = await self._write("target", self.config.rewrite_sampling)
-            return recorder.record("plain", "target", WrittenStep.of(candidate), is_fallback=True)
+                written = await self._write_on()
+            return recorder.record("plain", "target", written, is_fallback=True)
         if method == "sd":
+            sampling = self.config.step_sampling
             with recorder.phase("rewrite"):
-                written = await write_by_guesses(self.context, self.config.step_sampling)
+                written = await write_by_guesses(self.context, sampling, self.lookahead)
             return recorder.record("plain", "target", written)
         author: Author = "target" if method == "target" else "draft"
         with recorder.phase("propose"):
             candidate = await self._write(author, self.config.step_sampling)
         step = StepState([candidate]) if author == "draft" else None
         return recorder.record("plain", author, WrittenStep.of(candidate), step)
+
+    async def _write_on(self, begun: tuple[int, ...] = ()) -> WrittenStep:
+        """A step by the target, or the rest of a begun one; the draft may guess its tokens."""
+        sampling = self.config.rewrite_sampling
+        if self.lookahead.num_ahead:
+            return await write_by_guesses(self.context, sampling, self.lookahead, begun)
+        return WrittenStep.of(await self._write("target", sampling, begun))
 
     async def _write(
         self, author: Author, sampling: Sampling, begun: tuple[int, ...] = ()
@@ -300,6 +308,7 @@ class Solving:
         record = self.recorder.record(decision, author, written, step)
         num_longest = max(len(candidate.token_ids) for candidate in step.candidates)
         num_written = record.num_tokens - record.num_reused - len(record.corrected_places)
+        self.fallback.pace = self.lookahead.pace
         self.fallback.saw_drafted(
             num_candidates=len(step.candidates),
             num_longest=num_longest + step.num_redrafted,
@@ -332,6 +341,8 @@ def _joined(beginning: WrittenStep, rest: WrittenStep) -> WrittenStep:
         rest.finish,
         concatenated(beginning.token_logprobs, rest.token_logprobs),
         concatenated(beginning.token_entropies, rest.token_entropies),
+        num_guessed=rest.num_guessed,
+        num_kept=rest.num_kept,
         num_reused=beginning.num_reused,
         corrected_places=beginning.corrected_places,
     )

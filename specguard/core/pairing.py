@@ -55,14 +55,10 @@ class Pair:
                 _require(verifying, "attention", "the verifier weighs grounding", hint)
             if config.verifier.needs_entropy:
                 _require(verifying, "entropy", "the verifier weighs it", hint)
-        if config.method == "sd":
+        if config.method == "sd" or (config.is_stepwise and config.num_speculated):
+            hint = "choose another method" if config.method == "sd" else "leave --speculate out"
             for engine in engines.values():
-                _require(
-                    engine,
-                    "distributions",
-                    "token-level speculation compares them",
-                    "choose another method",
-                )
+                _require(engine, "distributions", "token-level speculation compares them", hint)
         if self.embedder_for(config) == "draft":
             _require(
                 engines["draft"],
@@ -71,6 +67,13 @@ class Pair:
                 "choose --selector ngram",
             )
         return engines
+
+    def can_guess(self, config: SolveConfig) -> bool:
+        """Whether the draft can guess the target's tokens."""
+        engines = self.engines_for(config)
+        return len(engines) == 2 and all(
+            "distributions" in engine.features for engine in engines.values()
+        )
 
     def tokenizer_for(self, config: SolveConfig) -> Tokenizer:
         """The tokenizer that prompts and texts go through.

@@ -1,13 +1,15 @@
-"""Token-level speculative sampling, the baseline ``sd`` (Leviathan et al. 2023).
+"""Token-level speculative sampling (Leviathan et al. 2023), where the target writes.
 
 Works on distributions that the two engines hand over, so that these may be of any kind.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
+from specguard.core.config import SolveConfig
 from specguard.core.context import ProblemContext
 from specguard.core.engine import (
-    Boundary,
     Candidate,
     CandidateFinish,
     FloatArray,
@@ -19,14 +21,68 @@ from specguard.core.randomness import Purpose
 from specguard.core.step import WrittenStep
 from specguard.core.text import StepScanner
 
+_USUAL_GUESSES = 4  # tokens, of method "sd" where the cost is not known
+_MOST_GUESSES = 16
+# As if so many guesses had been judged before the first one.
+_KEPT, _REJECTED = 17, 3
 
-async def write_by_guesses(context: ProblemContext, sampling: Sampling) -> WrittenStep:
-    """Write the target's next step, the draft guessing a few tokens ahead.
 
-    The step is distributed as if the target had drawn it token by token (Leviathan et al. 2023,
-    theorem 3.5); it is part of the text when this returns.
+class Lookahead:
+    """How many tokens the draft guesses ahead of the target, in one problem.
+
+    As many as ``num_speculated`` of the settings; where that is None, as many as make the target's
+    tokens cheapest, by what drafting costs and by how many guesses were kept so far. Without a
+    cost, that is none, and in method "sd" the usual number.
     """
-    boundary = context.boundary()
+
+    def __init__(self, config: SolveConfig, is_possible: bool = True) -> None:
+        self._cost = config.draft_cost
+        self._num_kept, self._num_rejected = _KEPT, _REJECTED
+        self._num_fixed = config.num_speculated if is_possible else 0
+        if self._num_fixed is None and self._cost is None:
+            self._num_fixed = _USUAL_GUESSES if config.method == "sd" else 0
+        self._least = 1 if config.method == "sd" else 0
+
+    @property
+    def num_ahead(self) -> int:
+        """Tokens that the next guess has; 0: the target writes alone."""
+        if self._num_fixed is not None:
+            return self._num_fixed
+        return min(range(self._least, _MOST_GUESSES + 1), key=self._token_cost)
+
+    @property
+    def pace(self) -> float:
+        """What a token that the target writes so costs, in its decode steps."""
+        return self._token_cost(self.num_ahead)
+
+    def saw(self, num_judged: int, num_kept: int) -> None:
+        """Of a guess of ``num_judged`` tokens the target kept the first ones."""
+        self._num_kept += num_kept
+        self._num_rejected += num_kept < num_judged
+
+    def _token_cost(self, num_ahead: int) -> float:
+        """By the tokens that a round is expected to write (Leviathan et al. 2023, equation 1)."""
+        cost = self._cost
+        if cost is None or num_ahead == 0:
+            return 1.0
+        kept = self._num_kept / (self._num_kept + self._num_rejected)
+        num_written = (1 - kept ** (num_ahead + 1)) / (1 - kept)
+        return cost.of_step(1, num_ahead, num_ahead) / num_written
+
+
+async def write_by_guesses(
+    context: ProblemContext,
+    sampling: Sampling,
+    lookahead: Lookahead,
+    begun: tuple[int, ...] = (),
+) -> WrittenStep:
+    """Write the target's next step, or the rest of one that is begun, the draft guessing ahead.
+
+    It is distributed as if the target had drawn it token by token (Leviathan et al. 2023, theorem
+    3.5), and is part of the text when this returns. Where guesses cease to pay, the target writes
+    the rest alone.
+    """
+    boundary = context.boundary(begun)
     scanner = StepScanner(context.pieces, boundary)
     size = boundary.max_tokens + 1
     guessing, judging, correcting = (
@@ -38,14 +94,22 @@ async def write_by_guesses(context: ProblemContext, sampling: Sampling) -> Writt
     finish: CandidateFinish | None = None
     while finish is None:  # each round writes a token at least
         first = len(token_ids)
-        cap = min(context.config.num_speculated, boundary.max_tokens - first)
+        num_ahead = lookahead.num_ahead
+        if num_ahead == 0:
+            [rest] = await context.generate("target", sampling, begun=begun + tuple(token_ids))
+            context.append(rest.token_ids)
+            context.knows("target")
+            token_ids += rest.token_ids
+            finish = rest.finish
+            break
+        cap = min(num_ahead, boundary.max_tokens - first)
         [guess] = await context.run(
             "draft",
             GenerateJob(
                 key=context.key("draft"),
                 prefix=context.token_ids,
                 sampling=sampling,
-                boundary=Boundary(boundary.delimiter, boundary.eos_ids, cap),
+                boundary=replace(boundary, max_tokens=cap, begun=begun + tuple(token_ids)),
                 uniforms=guessing[np.newaxis, first : first + cap],
                 distributions=True,
             ),
@@ -54,12 +118,13 @@ async def write_by_guesses(context: ProblemContext, sampling: Sampling) -> Writt
         n = len(guess.token_ids)
         draws = np.append(judging[first : first + n], correcting[num_blocks])
         num_accepted, kept_ids = accept_tokens(guess, seen, draws)
+        lookahead.saw(n, num_accepted)
         num_blocks += 1
         num_guessed += n
         for token_id in kept_ids:
             token_ids.append(token_id)
             finish = scanner.feed(token_id)
-            if finish == "delimiter" and context.is_code_open(token_ids):
+            if finish == "delimiter" and context.is_code_open([*begun, *token_ids]):
                 finish = "length" if len(token_ids) == boundary.max_tokens else None
             if finish is not None:
                 break

@@ -52,7 +52,7 @@ def settle_cost(
         progress: called with `MEASURING` before it is measured.
         clock: seconds, to measure by.
     """
-    if not config.is_stepwise or (_is_for_accuracy(config) and not anew):
+    if len(config.authors) < 2 or (_is_for_accuracy(config) and not anew):
         return config, []
     notes: list[str] = []
     cost = None if anew else read_cost(conditions)

@@ -26,7 +26,7 @@ _LIMITED = {
     "preset": ("specguard",),
     "selector": _STEPWISE,
     "corrections": ("specguard",),
-    "speculate": ("sd",),
+    "speculate": ("sd", *_STEPWISE),
 }
 _RENAMED = {"k": "num_candidates", "speculate": "num_speculated"}
 _AS_THEY_ARE = ("method", "k", "selector", "speculate", "max_step_tokens", "max_steps", "detail")
