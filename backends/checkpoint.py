@@ -145,6 +145,8 @@ def is_gguf(source: str) -> bool:
     Raises:
         UsageError: there are several.
     """
+    if is_url(source):
+        return False
     path = Path(source).expanduser()
     if is_gguf_path(source) and not path.is_dir():
         return True
@@ -181,15 +183,24 @@ def read_gguf(source: str) -> GGUF:
     return open_gguf(source, found)
 
 
+def is_url(source: str) -> bool:
+    """Whether a model is behind a server, or several with commas between."""
+    return source.lower().startswith(("http://", "https://"))
+
+
 def is_hub_id(source: str) -> bool:
     """Whether this reads as the id of a model on the hub, and is no path here."""
-    is_path = source.startswith((".", "/", "~")) or Path(source).expanduser().is_dir()
+    is_path = (
+        is_url(source) or source.startswith((".", "/", "~")) or Path(source).expanduser().is_dir()
+    )
     is_path = is_path or is_gguf_path(source)
     return not is_path and _HUB_ID.fullmatch(source) is not None
 
 
 def is_on_disk(source: str) -> bool:
     """Whether `open_model` would find weights."""
+    if is_url(source):
+        return False
     folder = Path(source).expanduser()
     try:
         if is_gguf(source):

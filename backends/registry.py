@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Protocol, cast, runtime_checkable
 
-from specguard.backends.checkpoint import is_gguf
+from specguard.backends.checkpoint import is_gguf, is_url
 from specguard.backends.memory import Demand, ModelSize
 from specguard.core.engine import Engine
 from specguard.core.errors import SpecguardError, UsageError
@@ -16,6 +16,7 @@ from specguard.core.errors import SpecguardError, UsageError
 ENTRY_POINT_GROUP = "specguard.backends"
 AUTO = "auto"
 GGUF_BACKEND = "llamacpp"
+URL_BACKEND = "http"
 # Name to "module:attribute"; the attribute is a `Backend`, its module imports no framework.
 BUILT_IN: Mapping[str, str] = {
     "mlx": "specguard.backends.mlx.backend:MLX",
@@ -24,6 +25,7 @@ BUILT_IN: Mapping[str, str] = {
     "cpu": "specguard.backends.pytorch.backend:CPU",
     "vllm": "specguard.backends.vllm.backend:VLLM",
     "llamacpp": "specguard.backends.llamacpp.backend:LLAMACPP",
+    "http": "specguard.backends.http.backend:HTTP",
 }
 
 
@@ -173,9 +175,13 @@ def choose_backend(name: str) -> tuple[str, Backend, str | None]:
 def backend_for(source: str | None, wanted: str) -> str:
     """The backend that a model asks for, where ``auto`` is wanted; else the wanted one.
 
+    What is behind a URL runs there, whatever is wanted for the other model.
+
     Raises:
         UsageError: the model is of a kind that another backend than the wanted one reads.
     """
+    if source is not None and is_url(source):
+        return URL_BACKEND
     if source is None or not is_gguf(source):
         return wanted
     if wanted == AUTO:
@@ -214,7 +220,8 @@ def arguments_by_role(
         if not roles or not roles <= takers:
             whose = f"the {role}'s engine" if dot else "the backend " + backends_named(backends)
             raise UsageError(
-                f"{whose} takes no engine arguments: {given}", "--backend vllm and llamacpp do"
+                f"{whose} takes no engine arguments: {given}",
+                "--backend vllm and llamacpp do, and a URL's",
             )
         for each in roles:
             found[each][name if dot else given] = value

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
+from specguard.backends.checkpoint import is_url
 from specguard.cli.values import CANDIDATES, CORRECTIONS, COUNT, GUESSES, SEED, SHARE, Number
 from specguard.core import DraftCost, RewardModel, Solver
 from specguard.core.config import (
@@ -71,6 +72,9 @@ class ModelOptions:
     pair: str | None
     draft: str | None
     target: str | None
+    draft_model: str | None
+    target_model: str | None
+    tokenizer: str | None
     backend: str
     draft_backend: str | None
     dtype: str
@@ -95,16 +99,42 @@ class ModelOptions:
             target=self.target,
             dtype=self.dtype,
             draft_dtype=self.draft_dtype,
-            engine_args=_named(self.engine_args),
+            engine_args={**self._server_args(), **_named(self.engine_args)},
             trust_remote_code=self.trust_remote_code,
             profile=self.profile,
             **more,
         )
 
+    def _server_args(self) -> dict[str, str]:
+        """Arguments of the engines behind URLs."""
+        named = {"draft": self.draft_model, "target": self.target_model}
+        found = {}
+        for role, source in ("draft", self.draft), ("target", self.target):
+            is_remote = source is not None and is_url(source)
+            name = named[role]
+            if name is not None and not is_remote:
+                raise UsageError(f"--{role}-model is of a server: it needs --{role} URL")
+            if name is not None:
+                found[f"{role}.model"] = name
+            if self.tokenizer is not None and is_remote:
+                found[f"{role}.tokenizer"] = self.tokenizer
+        if self.tokenizer is not None and not found:
+            raise UsageError("--tokenizer is of a server's model: it needs a URL")
+        return found
+
     def load_reward(self, reward: str | None) -> RewardModel:
         """The process reward model that was named, or the pair's."""
         pair = self.choose().pair
         return load_reward(pair, reward, self.backend, self.dtype, self.trust_remote_code)
+
+
+def _one_source(
+    context: click.Context, parameter: click.Parameter, given: tuple[str, ...]
+) -> str | None:
+    """A model, or the URLs of servers alike with commas between."""
+    if len(given) > 1 and not all(map(is_url, given)):
+        raise click.BadParameter("only URLs may be given several times", context, parameter)
+    return ",".join(given) or None
 
 
 def _named(arguments: tuple[str, ...]) -> dict[str, str]:
@@ -144,9 +174,29 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--draft",
                 metavar="MODEL",
-                help="Draft: a folder, a GGUF file or a downloaded hub id.",
+                multiple=True,
+                callback=_one_source,
+                help="Draft: a folder, a GGUF file, a downloaded hub id, or a server's URL, "
+                "several times for servers alike.",
             ),
-            click.option("--target", metavar="MODEL", help="Target: likewise."),
+            click.option(
+                "--target",
+                metavar="MODEL",
+                multiple=True,
+                callback=_one_source,
+                help="Target: likewise.",
+            ),
+            click.option(
+                "--draft-model",
+                metavar="NAME",
+                help="What the draft's server calls it, if it has several models.",
+            ),
+            click.option("--target-model", metavar="NAME", help="Likewise the target's."),
+            click.option(
+                "--tokenizer",
+                metavar="FOLDER",
+                help="Tokenizer of models behind URLs, where theirs is not on this disk.",
+            ),
             click.option(
                 "--backend",
                 default="auto",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from specguard.backends.checkpoint import is_hub_id, is_on_disk, open_model
+from specguard.backends.checkpoint import is_hub_id, is_on_disk, is_url, open_model
 from specguard.backends.memory import check_memory
 from specguard.backends.registry import (
     AUTO,
@@ -88,13 +88,15 @@ def load(
         backend: ``auto``, ``mlx``, ``cuda``, ``cuda:N``, ``mps``, ``cpu``, ``vllm``,
             ``llamacpp``, or a third party's; ``auto`` is ``llamacpp`` for a GGUF file.
         draft_backend: of the draft alone, where it runs elsewhere than the target.
-        draft: a folder, a GGUF file or a downloaded hub id in place of the pair's draft.
+        draft: a folder, a GGUF file, a downloaded hub id, or a server's URL (servers alike: with
+            commas between) in place of the pair's draft.
         target: the same for the target.
         dtype: ``auto``, ``float32``, ``bfloat16``, ``float16``, or ``int4``: rounded to 4 bits.
         draft_dtype: of the draft alone. None: the same; and where that is ``auto``, what suits a
             draft: its weights may be rounded, since the target judges what comes of it.
-        engine_args: arguments of vLLM's or llama.cpp's engine, by name; ``draft.name`` and
-            ``target.name`` are for one of the two.
+        engine_args: arguments of vLLM's or llama.cpp's engine, by name, and of an engine behind a
+            URL (``model``, ``tokenizer``); ``draft.name`` and ``target.name`` are for one of the
+            two.
         trust_remote_code: run Python code that comes with a checkpoint.
         profile: a fitted verifier, see ``specguard calibrate``; None takes one that fits these
             models, if there is one, and "none" leaves it out.
@@ -124,10 +126,13 @@ def load(
     if profile is not None and choice.profile is not None:
         choice.profile.check(sources)
     dtypes = dict.fromkeys(sources, dtype)
+    if dtype != "auto" and all(map(is_url, sources.values())):
+        raise UsageError("a server computes in the number type that it was started with")
     if "draft" in sources:
         dtypes["draft"] = draft_dtype or _draft_dtype(choice, sources["draft"], dtype)
     elif draft_dtype is not None:
         raise UsageError("there is no draft here whose number type could be chosen")
+    dtypes |= {role: "auto" for role, source in sources.items() if is_url(source)}
     models = [
         (source, choice.backends[role], arguments[role], dtypes[role])
         for role, source in sources.items()

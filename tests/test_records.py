@@ -29,7 +29,7 @@ def test_json_goes_both_ways(solution: Solution) -> None:
 
 
 def test_what_an_engine_does_not_say_is_null_in_json() -> None:
-    bare = Scripted("t", ["So \\boxed{7}.$"], features=frozenset())
+    bare = Scripted("t", ["So \\boxed{7}.$"], features=frozenset({"scoring"}))
     solution = Solver(target=bare).solve("p", method="target", detail=True)
     assert json.loads(solution.to_json())["steps"][0]["tokens"]["entropies"] is None
     assert Solution.from_json(solution.to_json()) == solution

@@ -97,7 +97,7 @@ def test_a_solution_without_detail_has_a_page_too() -> None:
 def test_what_an_engine_does_not_say_is_left_out() -> None:
     nothing = dict.fromkeys(("attention", "hidden states", "entropy"), "it has none")
     engines = [
-        Scripted(name, [[WRONG, RIGHT]], features=frozenset(), reasons=dict(nothing))
+        Scripted(name, [[WRONG, RIGHT]], features=frozenset({"scoring"}), reasons=dict(nothing))
         for name in "dt"
     ]
     verifier = VerifierConfig(weights={"log_prob": 1.0})

@@ -4,7 +4,6 @@ vLLM keeps the prefixes, batches what comes at the same time and draws by a rand
 Where a step ends is decided here, by the rule that all engines have in common.
 """
 
-import asyncio
 import math
 import weakref
 from collections.abc import Hashable, Iterable, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from specguard.backends.listener import Listener
 from specguard.backends.vllm.attention import AttentionTap, Tapped
 from specguard.backends.vllm.driver import Driver, Handle, Request
 from specguard.backends.vllm.prefix import PrefixLimit
@@ -23,7 +23,6 @@ from specguard.core.engine import (
     Feature,
     GenerateJob,
     Observation,
-    OnTokens,
     Sampling,
     ScoreJob,
     Tokenizer,
@@ -81,7 +80,7 @@ class VLLMEngine:
         if job.hidden_states or job.distributions:
             raise UsageError(f"{self.name} hands out neither hidden states nor distributions")
         params = _sampling_params(job.sampling)
-        listener = None if job.on_tokens is None else _Listener(job.on_tokens)
+        listener = None if job.on_tokens is None else Listener(job.on_tokens)
         drawn = [_Drawn(self, job, index, listener) for index in range(job.num_candidates)]
         requests = []
         for index, candidate in enumerate(drawn):
@@ -140,31 +139,11 @@ class VLLMEngine:
         self._tap.check(job.capture.num_layers, self.name)
 
 
-class _Listener:
-    """Who listens to a job, in the event loop that waits for it."""
-
-    def __init__(self, on_tokens: OnTokens) -> None:
-        self._on_tokens = on_tokens
-        self._loop = asyncio.get_running_loop()
-        self.error: Exception | None = None
-
-    def tell(self, index: int, token_ids: tuple[int, ...]) -> None:
-        """Pass new tokens on, from the driver's thread."""
-        self._loop.call_soon_threadsafe(self._call, index, token_ids)
-
-    def _call(self, index: int, token_ids: tuple[int, ...]) -> None:
-        if self.error is None:
-            try:
-                self._on_tokens(index, token_ids)
-            except Exception as error:
-                self.error = error
-
-
 class _Drawn:
     """A candidate under way."""
 
     def __init__(
-        self, engine: VLLMEngine, job: GenerateJob, index: int, listener: _Listener | None
+        self, engine: VLLMEngine, job: GenerateJob, index: int, listener: Listener | None
     ) -> None:
         self._engine, self._index, self._listener = engine, index, listener
         self._scanner = StepScanner(engine._pieces, job.boundary)

@@ -179,6 +179,11 @@ class VerifierConfig:
         return any(name != "consistency" for name in self.weights)
 
     @property
+    def asks_target(self) -> bool:
+        """Whether the target has to read the draft's steps."""
+        return self.needs_model and self.model == "target"
+
+    @property
     def is_calibrated(self) -> bool:
         """Whether every weighed signal has bounds fitted to the pair."""
         return all(name in self.bounds for name in self.weights)
@@ -262,8 +267,7 @@ class SolveConfig:
             # Other characters may be spread over tokens, where no token completes them.
             raise UsageError("the step delimiter must be ASCII text, one character or more")
         if self.selector == TARGET_SELECTOR:
-            can_select = self.verifier.model == "target" and self.verifier.needs_model
-            if self.num_candidates > 1 and not can_select:
+            if self.num_candidates > 1 and not self.verifier.asks_target:
                 raise UsageError(
                     "the target selects by the verifier's score, and this verifier does not ask it",
                     "choose verifier 'target' with a weight on one of its signals, or another "

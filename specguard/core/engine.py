@@ -7,7 +7,7 @@ knows no framework, no cache and no other problem.
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +22,13 @@ CandidateFinish = Literal["delimiter", "eos", "length"]
 # Called with a candidate's index in its job and its new tokens.
 OnTokens = Callable[[int, tuple[int, ...]], None]
 
-# What an engine can do beyond the required. "exact randomness": tokens follow the job's uniforms,
-# so that every such engine draws the same.
-Feature = Literal["attention", "hidden states", "entropy", "exact randomness", "distributions"]
-ALL_FEATURES: frozenset[Feature] = frozenset(
-    ("attention", "hidden states", "entropy", "exact randomness", "distributions")
-)
+# What an engine can do beyond the required. "scoring": it observes given tokens, which only a
+# draft can do without. "exact randomness": tokens follow the job's uniforms, so that every such
+# engine draws the same.
+Feature = Literal[
+    "scoring", "attention", "hidden states", "entropy", "exact randomness", "distributions"
+]
+ALL_FEATURES: frozenset[Feature] = frozenset(get_args(Feature))
 
 
 @dataclass(frozen=True, slots=True)

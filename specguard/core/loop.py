@@ -165,7 +165,7 @@ class Solving:
                 rewards = await self._reward.rewards(self, self.problem, [*texts, selected.text])
                 step.verdict = by_reward(rewards[-1], self.config.reward_threshold)
                 return
-            if verifier.needs_attention or (verifier.needs_model and verifier.model == "target"):
+            if verifier.needs_attention or verifier.asks_target:
                 await self._read(step)
                 return
             seen, pieces = _own_observation(selected), self.context.pieces_of(selected)

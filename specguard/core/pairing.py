@@ -50,6 +50,9 @@ class Pair:
             )
         if config.method == "specguard":
             verifying = engines[config.verifier.model]
+            if config.verifier.needs_attention or config.verifier.asks_target:
+                hint = "another engine for the target, or --verifier draft"
+                _require(verifying, "scoring", f"it is the {config.verifier.model}", hint)
             hint = "verify by log-probability alone: --beta 1"
             if config.verifier.needs_attention:
                 _require(verifying, "attention", "the verifier weighs grounding", hint)

@@ -54,6 +54,8 @@ def settle_cost(
     """
     if len(config.authors) < 2 or (_is_for_accuracy(config) and not anew):
         return config, []
+    if config.verifier.asks_target and pair.target and "scoring" not in pair.target.features:
+        return config, []  # it is refused as soon as something is to be solved
     notes: list[str] = []
     cost = None if anew else read_cost(conditions)
     if cost is None:

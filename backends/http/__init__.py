@@ -1,0 +1,1 @@
+"""Engines of other processes and machines, over HTTP."""
