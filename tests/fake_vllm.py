@@ -43,13 +43,19 @@ class Flat:
     """Log-probabilities and ranks, one an entry, as vLLM lays them out."""
 
     start_indices: list[int] = field(default_factory=list)
+    end_indices: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     ranks: list[int | None] = field(default_factory=list)
 
-    def append(self, logprob: float, rank: int | None) -> None:
+    def append(self, *entries: tuple[int, float, int | None]) -> None:
+        """Of one position, what was given or drawn first."""
         self.start_indices.append(len(self.logprobs))
-        self.logprobs.append(logprob)
-        self.ranks.append(rank)
+        for token_id, logprob, rank in entries:
+            self.token_ids.append(token_id)
+            self.logprobs.append(logprob)
+            self.ranks.append(rank)
+        self.end_indices.append(len(self.logprobs))
 
 
 @dataclass
@@ -157,7 +163,7 @@ class FakeLLM:
             probs = warp(logits[-1], Sampling(params.temperature, params.top_p))
             token_id = int(sequence.rng.choice(len(probs), p=probs))
         drawn = Flat()
-        drawn.append(float(logs[-1][token_id]), None)
+        drawn.append((token_id, float(logs[-1][token_id]), None))
         self.manager.blocks.update(hashes(sequence.token_ids))
         sequence.token_ids = [*sequence.token_ids, token_id]
         sequence.num_drawn += 1
@@ -171,13 +177,17 @@ class FakeLLM:
 
     def _prompt(self, sequence: Sequence, logs: Any) -> Flat:
         flat = Flat()
-        flat.start_indices.append(0)  # of the first token, of which nothing is said
+        flat.append()  # of the first token nothing is said
         for place, token_id in enumerate(sequence.token_ids[1:]):
             if place < sequence.num_cached:
-                flat.append(0.0, 1)
-            else:
-                row = logs[place]
-                flat.append(float(row[token_id]), int((row >= row[token_id]).sum()))
+                flat.append((token_id, 0.0, 1))
+                continue
+            row = logs[place]
+            entries = [(token_id, float(row[token_id]), int((row >= row[token_id]).sum()))]
+            if sequence.params.prompt_logprobs:
+                best = int(row.argmax())
+                entries.append((best, float(row[best]), 1))
+            flat.append(*entries)
         return flat
 
 

@@ -242,6 +242,7 @@ class ReferenceEngine:
             blocks=self._blocks(job, seen, len(token_ids)),
             hidden_state=seen.hidden[-2] if job.hidden_state else None,
             distributions=warped,
+            choices=tuple(logits.argmax(-1).tolist()) if job.choices else None,
         )
 
     def _blocks(self, job: ScoreJob, seen: Pass, n: int) -> tuple[AttentionBlock, ...] | None:

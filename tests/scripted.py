@@ -64,7 +64,7 @@ class Scripted:
     logprobs: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
     source_mass: dict[str, float] = field(default_factory=dict)
     first_choices: dict[str, int] = field(default_factory=dict)
-    features: frozenset[Feature] = ALL_FEATURES - {"distributions"}
+    features: frozenset[Feature] = ALL_FEATURES - {"distributions", "choices"}
     reasons: dict[Feature, str] = field(default_factory=dict)
     context_limit: int = 4096
     num_bytes_per_token: int = 8

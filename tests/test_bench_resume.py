@@ -126,9 +126,9 @@ def test_changed_settings_are_plain_and_of_one_form() -> None:
 def test_a_method_that_an_engine_cannot_run_is_refused_before_the_first_problem(
     tmp_path: Path,
 ) -> None:
-    lacking = ReferenceEngine(2, reasons={"attention": "it slides", "distributions": "none"})
+    lacking = ReferenceEngine(2, reasons={"attention": "it slides", "choices": "none"})
     solver = Solver(ReferenceEngine(1), lacking, replace(BASE, selector="ngram"))
-    for name, lack in ("paper@2", "attention (it slides)"), ("sd", "distributions"):
+    for name, lack in ("paper@2", "attention (it slides)"), ("sd", "choices"):
         methods = choose_methods(("target", name), solver.config)
         with pytest.raises(SpecguardError, match=f"method '{name}' cannot be run") as caught:
             Run(solver, DATA, methods, (0,), tmp_path, "cpu")

@@ -2,12 +2,10 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from specguard.core import (
     ALL_FEATURES,
-    Candidate,
     GenerateJob,
     Observation,
     ScoreJob,
@@ -71,17 +69,11 @@ def test_a_block_that_is_longer_than_a_step_is_cut_by_its_length_alone() -> None
 class Certain(Scripted):
     """Knows which token follows in the text, and no other."""
 
-    async def generate(self, job: GenerateJob) -> list[Candidate]:
-        return [
-            replace(made, distributions=np.eye(256)[list(made.token_ids)])
-            for made in await super().generate(job)
-        ]
-
     async def score(self, job: ScoreJob) -> list[Observation]:
         written = len(job.prefix) - job.prefix.index(2) - 1
         following = [*map(ord, TEXT[written:]), *[EOS] * 9]
         return [
-            replace(seen, distributions=np.eye(256)[following[: len(token_ids) + 1]])
+            replace(seen, choices=tuple(following[: len(token_ids) + 1]))
             for seen, token_ids in zip(await super().score(job), job.continuations, strict=True)
         ]
 

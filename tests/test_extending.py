@@ -101,5 +101,5 @@ def test_what_it_lacks_is_refused_where_it_was_asked_for(
     with pytest.raises(SpecguardError, match="has no attention") as refused:
         paper.solve(PROBLEM)
     assert "backend 'plain' does not capture it" in refused.value.message
-    with pytest.raises(SpecguardError, match="has no distributions"):
+    with pytest.raises(SpecguardError, match="has no choices"):
         paper.solve(PROBLEM, method="sd")

@@ -16,7 +16,7 @@ import specguard
 from specguard.backends.http import client as client_module
 from specguard.backends.http.backend import HTTP
 from specguard.backends.http.client import API_KEY, Client, base_url
-from specguard.backends.http.dialects import DIALECTS, Wanted
+from specguard.backends.http.dialects import DIALECTS, Scored, Wanted
 from specguard.core import (
     GREEDY,
     Boundary,
@@ -126,9 +126,10 @@ def test_requests_of_each_kind_of_server_say_what_is_wanted() -> None:
         "meta_info": {
             "input_token_logprobs": [[None, 2, None], [-0.1, 11, None], [-3.0, 12, None]],
             "input_top_logprobs": [None, [[-0.1, 11, None]], [[-0.2, 40, None]]],
-        }
+        },
+        "output_ids": [41],
     }
-    assert sglang.scored(scored, 2, [11, 12]) == ([-0.1, -3.0], [True, False])
+    assert sglang.scored(scored, 2, [11, 12]) == Scored([-0.1, -3.0], [11, 40, 41])
 
 
 # What goes wrong.

@@ -116,12 +116,12 @@ def test_guesses_that_cease_to_pay_leave_the_rest_to_the_target(
     assert found.text == pair.solve(problem, method="target").text
 
 
-def test_guesses_need_distributions() -> None:
+def test_greedy_guesses_need_the_target_s_choices() -> None:
     draft, target = bigram_engine(2), bigram_engine(1)
     for engine in draft, target:
-        engine.features = engine.features - {"distributions"}
+        engine.features = engine.features - {"choices"}
     config = SolveConfig(max_tokens=9, draft_cost=CHEAP)
     found = Solver(draft, target, config).solve("\x03\x02")
     assert found.stats.num_guessed_tokens == 0
-    with pytest.raises(SpecguardError, match="has no distributions"):
+    with pytest.raises(SpecguardError, match="has no choices"):
         Solver(draft, target, config).solve("\x03\x02", num_speculated=2)

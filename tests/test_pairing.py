@@ -8,6 +8,7 @@ from specguard.core import (
     ALL_FEATURES,
     Feature,
     Pair,
+    Sampling,
     Solution,
     SolveConfig,
     Solver,
@@ -23,7 +24,7 @@ PAPER = VerifierConfig(**PRESETS["paper"])
 
 
 def without(*lacking: Feature, name: str = "bare", script: Script | None = None) -> Scripted:
-    features = ALL_FEATURES - {"distributions", *lacking}
+    features = ALL_FEATURES - {"distributions", "choices", *lacking}
     reasons = {feature: f"no {feature} here" for feature in lacking}
     return Scripted(
         name, script or [WRONG, ANSWER], {WRONG: -9}, features=features, reasons=reasons
@@ -173,11 +174,18 @@ def test_a_verifier_that_weighs_entropy_needs_it() -> None:
         solver.solve("p")
 
 
-def test_sd_needs_the_distributions_of_both() -> None:
+def test_greedy_speculation_needs_the_target_s_choices() -> None:
+    whole = Scripted("whole", [ANSWER], features=ALL_FEATURES)
+    with pytest.raises(SpecguardError, match="b has no choices; token-level"):
+        Solver(whole, without(name="b")).solve("p", method="sd")
+    Pair(without(), whole).engines_for(SolveConfig("sd"))
+
+
+def test_sampled_speculation_needs_the_distributions_of_both() -> None:
     whole = Scripted("whole", [ANSWER], features=ALL_FEATURES)
     for draft, target in (without(name="b"), whole), (whole, without(name="b")):
         with pytest.raises(SpecguardError, match="b has no distributions; token-level"):
-            Solver(draft, target).solve("p", method="sd")
+            Solver(draft, target).solve("p", method="sd", sampling=Sampling())
     Pair(whole, whole).engines_for(SolveConfig("sd"))
 
 

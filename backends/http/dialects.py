@@ -41,6 +41,14 @@ class Wanted:
     is_streamed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Log-probabilities of n given tokens, and the model's n + 1 first choices there and behind."""
+
+    logprobs: list[float]
+    choices: list[int]
+
+
 class Dialect(Protocol):
     """One kind of server."""
 
@@ -61,10 +69,8 @@ class Dialect(Protocol):
     def score_body(self, model: str, prefix: Sequence[int], token_ids: Sequence[int]) -> Body:
         """A request for log-probabilities of tokens behind a prefix."""
 
-    def scored(
-        self, answer: Mapping[str, Any], num_prefix: int, token_ids: Sequence[int]
-    ) -> tuple[list[float], list[bool]]:
-        """Log-probabilities of the tokens, and whether each was the model's first choice."""
+    def scored(self, answer: Any, num_prefix: int, token_ids: Sequence[int]) -> "Scored":
+        """What is said of the tokens."""
 
 
 class VLLM:
@@ -120,16 +126,17 @@ class VLLM:
             "prompt": [*prefix, *token_ids],
             "max_tokens": 1,
             "temperature": 0.0,
-            "prompt_logprobs": 0,
+            "prompt_logprobs": 1,
+            "return_token_ids": True,
         }
 
-    def scored(
-        self, answer: Mapping[str, Any], num_prefix: int, token_ids: Sequence[int]
-    ) -> tuple[list[float], list[bool]]:
+    def scored(self, answer: Any, num_prefix: int, token_ids: Sequence[int]) -> Scored:
         """Of the last tokens of the prompt."""
-        rows = answer["choices"][0]["prompt_logprobs"][num_prefix:]
+        [found] = answer["choices"]
+        rows = found["prompt_logprobs"][num_prefix:]
         own = [row[str(token_id)] for row, token_id in zip(rows, token_ids, strict=True)]
-        return [each["logprob"] for each in own], [each["rank"] == 1 for each in own]
+        first = [int(name) for row in rows for name, said in row.items() if said["rank"] == 1]
+        return Scored([each["logprob"] for each in own], [*first, *found["token_ids"]])
 
 
 class SGLang:
@@ -178,19 +185,15 @@ class SGLang:
             "top_logprobs_num": 1,
         }
 
-    def scored(
-        self, answer: Mapping[str, Any], num_prefix: int, token_ids: Sequence[int]
-    ) -> tuple[list[float], list[bool]]:
+    def scored(self, answer: Any, num_prefix: int, token_ids: Sequence[int]) -> Scored:
         """Of the last tokens of the prompt."""
         n = len(token_ids)
         own = answer["meta_info"]["input_token_logprobs"][-n:]
         best = answer["meta_info"]["input_top_logprobs"][-n:]
         if [row[1] for row in own] != list(token_ids):
             raise KeyError("input_token_logprobs")
-        logprobs = [row[0] for row in own]
-        return logprobs, [
-            row[0][1] == token_id for row, token_id in zip(best, token_ids, strict=True)
-        ]
+        first = [row[0][1] for row in best]
+        return Scored([row[0] for row in own], [*first, *answer["output_ids"]])
 
 
 class LlamaServer:
@@ -236,9 +239,7 @@ class LlamaServer:
         """The whole text as a prompt."""
         raise NotImplementedError
 
-    def scored(
-        self, answer: Mapping[str, Any], num_prefix: int, token_ids: Sequence[int]
-    ) -> tuple[list[float], list[bool]]:
+    def scored(self, answer: Any, num_prefix: int, token_ids: Sequence[int]) -> Scored:
         """Of the last tokens of the prompt."""
         raise NotImplementedError
 

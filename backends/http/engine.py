@@ -67,7 +67,7 @@ class HttpEngine:
         self.reasons: dict[Feature, str] = dict.fromkeys(_LACKS, _REASON)
         self.reasons["exact randomness"] = "a server draws by a randomness of its own, from a seed"
         if dialect.why_not_scored is not None:
-            self.reasons["scoring"] = dialect.why_not_scored
+            self.reasons |= {"scoring": dialect.why_not_scored, "choices": dialect.why_not_scored}
         self.features: frozenset[Feature] = ALL_FEATURES - self.reasons.keys()
         self._dialect, self._replicas = dialect, tuple(replicas)
         self._places: dict[Hashable, int] = {}
@@ -164,9 +164,13 @@ class HttpEngine:
         body = dialect.score_body(replica.model, job.prefix, token_ids)
         answer = await replica.client.post(dialect.score_path, body)
         with _understanding(replica):
-            logprobs, is_first = dialect.scored(answer, len(job.prefix), token_ids)
+            scored = dialect.scored(answer, len(job.prefix), token_ids)
+            if len(scored.choices) != len(token_ids) + 1:
+                raise KeyError("first choices")
         return Observation(
-            token_logprobs=self._finite(logprobs), is_first_choice=np.array(is_first, dtype=bool)
+            token_logprobs=self._finite(scored.logprobs),
+            is_first_choice=np.array(scored.choices[:-1]) == np.array(token_ids),
+            choices=tuple(scored.choices) if job.choices else None,
         )
 
     def _finite(self, logprobs: Sequence[float]) -> Any:

@@ -65,7 +65,7 @@ def _lay(layer: TensorLayer, job: ScoreJob, kept: KeptSequence, first: int) -> _
         kept.drop_last()
         unread = [job.prefix[-1]]
     start = len(job.prefix) - len(unread)
-    needs_last = job.distributions is not None
+    needs_last = job.distributions is not None or job.choices
     tree = ContinuationTree.behind(unread, start, job.continuations, needs_last)
     row = Row(kept.buffer, start, len(tree.token_ids), start, tree.visible)
     if job.capture is not None:
@@ -115,7 +115,8 @@ def _observe(
             ]
         )
         logprobs[piece], entropies[piece] = map(layer.numpy, described)
-    is_choice = layer.first_choices(outputs.logits)[owners] == np.array(token_ids)
+    choices = layer.first_choices(outputs.logits)
+    is_choice = choices[owners] == np.array(token_ids)
     ends = list(accumulate(map(len, continuations)))
     captures = iter([capture for each in laid for capture in each.row.captures])
     observations = []
@@ -135,6 +136,7 @@ def _observe(
                 blocks=tuple(next(captures).blocks) if job.capture is not None else None,
                 hidden_state=state,
                 distributions=probs,
+                choices=tuple(choices[path].tolist()) if job.choices else None,
             )
         )
     return observations

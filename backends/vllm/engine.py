@@ -198,7 +198,7 @@ class _Scored:
         params = SamplingParams(
             temperature=0,
             max_tokens=1,
-            prompt_logprobs=0,
+            prompt_logprobs=int(self._job.choices),
             flat_logprobs=True,
             detokenize=False,
             skip_reading_prefix_cache=reads_all,
@@ -237,10 +237,20 @@ class _Scored:
         logprobs = np.array([entries.logprobs[start] for start in starts], dtype=np.float32)
         if np.isnan(logprobs).any():
             raise not_finite(self._engine.name)
+        choices = None
+        if self._job.choices:
+            # The token itself and the first choice stand there; behind the last one, what is drawn.
+            ends = entries.end_indices[-len(self._token_ids) :]
+            first = [
+                entries.token_ids[entries.ranks.index(1, start, end)]
+                for start, end in zip(starts, ends, strict=True)
+            ]
+            choices = (*map(int, first), int(output.outputs[0].token_ids[0]))
         self.observation = Observation(
             token_logprobs=logprobs,
             is_first_choice=np.array([entries.ranks[start] == 1 for start in starts]),
             blocks=None if self._tapped is None else self._tapped.blocks(),
+            choices=choices,
         )
         return True
 

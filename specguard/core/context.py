@@ -213,6 +213,7 @@ class ProblemContext:
         continuations: Sequence[tuple[int, ...]],
         capture: Capture | None = None,
         distributions: Sampling | None = None,
+        choices: bool = False,
     ) -> list[Observation]:
         """What one model says of continuations of the text."""
         if author == "target":
@@ -224,6 +225,7 @@ class ProblemContext:
             continuations=tuple(continuations),
             capture=capture,
             distributions=distributions,
+            choices=choices,
         )
         return await self.engines[author].score(job)
 

@@ -23,10 +23,16 @@ CandidateFinish = Literal["delimiter", "eos", "length"]
 OnTokens = Callable[[int, tuple[int, ...]], None]
 
 # What an engine can do beyond the required. "scoring": it observes given tokens, which only a
-# draft can do without. "exact randomness": tokens follow the job's uniforms, so that every such
-# engine draws the same.
+# draft can do without. "choices": it says what it would have written in their place. "exact
+# randomness": tokens follow the job's uniforms, so that every such engine draws the same.
 Feature = Literal[
-    "scoring", "attention", "hidden states", "entropy", "exact randomness", "distributions"
+    "scoring",
+    "choices",
+    "attention",
+    "hidden states",
+    "entropy",
+    "exact randomness",
+    "distributions",
 ]
 ALL_FEATURES: frozenset[Feature] = frozenset(get_args(Feature))
 
@@ -178,6 +184,7 @@ class ScoreJob:
         capture: what to read of the attention, None for nothing.
         hidden_state: whether observations need their ``hidden_state``.
         distributions: how the distributions of the observations are warped, None for none.
+        choices: whether observations need their ``choices``.
 
     Raises:
         ValueError: no prefix, an empty continuation, or a capture of another context.
@@ -189,6 +196,7 @@ class ScoreJob:
     capture: Capture | None = None
     hidden_state: bool = False
     distributions: Sampling | None = None
+    choices: bool = False
 
     def __post_init__(self) -> None:
         _check_prefix(self.prefix)
@@ -230,7 +238,7 @@ class Observation:
     of each token whether the model itself finds it most probable. ``blocks`` runs from the lowest
     captured layer to the top one. ``hidden_state`` [hidden] is the final hidden state that
     predicted the last token. ``distributions`` [n + 1, vocabulary] are the warped ones of the n
-    tokens and of the one that would follow.
+    tokens and of the one that would follow; ``choices`` [n + 1] are the most probable tokens there.
     """
 
     token_logprobs: FloatArray
@@ -239,6 +247,7 @@ class Observation:
     blocks: tuple[AttentionBlock, ...] | None = None
     hidden_state: FloatArray | None = None
     distributions: FloatArray | None = None
+    choices: tuple[int, ...] | None = None
 
     @property
     def num_leading_choices(self) -> int:

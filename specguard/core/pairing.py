@@ -60,8 +60,8 @@ class Pair:
                 _require(verifying, "entropy", "the verifier weighs it", hint)
         if config.method == "sd" or (config.is_stepwise and config.num_speculated):
             hint = "choose another method" if config.method == "sd" else "leave --speculate out"
-            for engine in engines.values():
-                _require(engine, "distributions", "token-level speculation compares them", hint)
+            for author, feature in _needed_to_guess(config):
+                _require(engines[author], feature, "token-level speculation compares them", hint)
         if self.embedder_for(config) == "draft":
             _require(
                 engines["draft"],
@@ -75,7 +75,7 @@ class Pair:
         """Whether the draft can guess the target's tokens."""
         engines = self.engines_for(config)
         return len(engines) == 2 and all(
-            "distributions" in engine.features for engine in engines.values()
+            feature in engines[author].features for author, feature in _needed_to_guess(config)
         )
 
     def tokenizer_for(self, config: SolveConfig) -> Tokenizer:
@@ -131,6 +131,14 @@ class Pair:
             lack = _lack(self.draft, "hidden states")
             notes.append(f"candidates are compared by their words: {lack}")
         return config, notes
+
+
+def _needed_to_guess(config: SolveConfig) -> list[tuple[Author, Feature]]:
+    """What engines must have for the draft to guess the target's tokens."""
+    sampling = config.step_sampling if config.method == "sd" else config.rewrite_sampling
+    if sampling.is_greedy:
+        return [("target", "choices")]
+    return [("draft", "distributions"), ("target", "distributions")]
 
 
 def _require(engine: Engine, feature: Feature, purpose: str, hint: str) -> None:

@@ -1,6 +1,7 @@
 """Token-level speculative sampling (Leviathan et al. 2023), where the target writes.
 
-Works on distributions that the two engines hand over, so that these may be of any kind.
+Works on distributions that the two engines hand over, or, where the target writes greedily, on its
+first choices, so that engines may be of any kind.
 """
 
 from dataclasses import replace
@@ -111,13 +112,17 @@ async def write_by_guesses(
                 sampling=sampling,
                 boundary=replace(boundary, max_tokens=cap, begun=begun + tuple(token_ids)),
                 uniforms=guessing[np.newaxis, first : first + cap],
-                distributions=True,
+                distributions=not sampling.is_greedy,
             ),
         )
-        [seen] = await context.score("target", [guess.token_ids], distributions=sampling)
         n = len(guess.token_ids)
-        draws = np.append(judging[first : first + n], correcting[num_blocks])
-        num_accepted, kept_ids = accept_tokens(guess, seen, draws)
+        if sampling.is_greedy:
+            [seen] = await context.score("target", [guess.token_ids], choices=True)
+            num_accepted, kept_ids = accept_choices(guess, seen)
+        else:
+            [seen] = await context.score("target", [guess.token_ids], distributions=sampling)
+            draws = np.append(judging[first : first + n], correcting[num_blocks])
+            num_accepted, kept_ids = accept_tokens(guess, seen, draws)
         lookahead.saw(n, num_accepted)
         num_blocks += 1
         num_guessed += n
@@ -133,6 +138,22 @@ async def write_by_guesses(
         context.announcer.tokens("target", 0, token_ids[first:])
         context.knows("target")
     return WrittenStep(tuple(token_ids), finish, num_guessed=num_guessed, num_kept=num_kept)
+
+
+def accept_choices(guess: Candidate, seen: Observation) -> tuple[int, list[int]]:
+    """How many guessed tokens are the target's own choices; these and its choice behind them.
+
+    What `accept_tokens` comes to where all is greedy.
+    """
+    assert seen.choices is not None
+    kept: list[int] = []
+    for token_id, choice in zip(guess.token_ids, seen.choices, strict=False):
+        kept.append(choice)
+        if choice != token_id:
+            return len(kept) - 1, kept
+    if guess.finish == "length":
+        kept.append(seen.choices[-1])
+    return len(guess.token_ids), kept
 
 
 def accept_tokens(

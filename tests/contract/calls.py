@@ -146,6 +146,7 @@ def _assert_same_candidate(found: Candidate, expected: Candidate) -> None:
 
 def _assert_same_observation(found: Observation, expected: Observation) -> None:
     assert found.is_first_choice.tolist() == expected.is_first_choice.tolist()
+    assert found.choices == expected.choices
     _assert_close(found, expected, "token_logprobs", "token_entropies", "distributions")
     _assert_close(found, expected, "hidden_state", tolerance=1e-3)
     assert (found.blocks is None) == (expected.blocks is None)

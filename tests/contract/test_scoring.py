@@ -31,6 +31,7 @@ LONGER = (*PREFIX, 70, 71, 72)
         {},
         {"hidden_state": True},
         {"distributions": SAMPLING},
+        {"choices": True},
         {"distributions": GREEDY, "hidden_state": True},
         {"capture": capture(PREFIX)},
         {"capture": capture(PREFIX, "problem", 2, 0.0), "distributions": Sampling(2.0, 1.0)},

@@ -219,8 +219,9 @@ def test_what_a_listener_raises_is_the_outcome(engine: Engine) -> None:
 def test_observations_are_those_of_the_reference(
     engine: Engine, plain: ReferenceEngine, continuations: list[list[int]]
 ) -> None:
-    job = score_job(continuations)
-    assert_same(run(engine, job), run(plain, job))
+    for choices in False, True:
+        job = score_job(continuations, choices=choices)
+        assert_same(run(engine, job), run(plain, job))
 
 
 @pytest.fixture(params=[True, False], ids=["limited", "unlimited"])
@@ -286,7 +287,7 @@ def test_capture_that_cannot_be_done_is_refused(engine: Engine) -> None:
 
 
 def test_what_is_not_claimed_is_refused_with_a_reason(engine: Engine) -> None:
-    assert "scoring" in engine.features <= {"scoring", "attention"}
+    assert {"scoring", "choices"} <= engine.features <= {"scoring", "choices", "attention"}
     for feature in ("hidden states", "entropy", "distributions", "exact randomness"):
         assert engine.reasons[feature]  # type: ignore[index]
     for job in (
