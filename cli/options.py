@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from specguard.backends.checkpoint import is_url
-from specguard.cli.values import CANDIDATES, CORRECTIONS, COUNT, GUESSES, SEED, SHARE, Number
+from specguard.cli.values import CANDIDATES, COUNT, GUESSES, SEED, SHARE, Number
 from specguard.core import DraftCost, RewardModel, Solver
 from specguard.core.config import (
     PAPER_CANDIDATES,
@@ -38,7 +38,6 @@ LIMITED = {
     "sources": ("--sources", _SPECGUARD),
     "selector": ("--selector", _STEPWISE),
     "rewrite_from": ("--rewrite-from", _SPECGUARD),
-    "num_corrections": ("--corrections", _SPECGUARD),
     "rewrite_temperature": ("--rewrite-temperature", _STEPWISE),
     "num_speculated": ("--speculate", ("sd", *_STEPWISE)),
     "reward": ("--reward", ("rsd",)),
@@ -344,14 +343,6 @@ def method_options(command: F) -> F:
                 "start.",
             ),
             click.option(
-                "--corrections",
-                "num_corrections",
-                type=CORRECTIONS,
-                show_default="the pair's",
-                help="How often the target may put its token in place of the one that it doubts "
-                "and let the draft go on, before it rewrites the rest of a step.",
-            ),
-            click.option(
                 "--rewrite-temperature",
                 type=Number(0),
                 show_default="0: greedy",
@@ -497,7 +488,6 @@ def _verifier(given: Mapping[str, Any]) -> dict[str, Any]:
         ("verifier", "model"),
         ("sources", "sources"),
         ("rewrite_from", "rewrite_from"),
-        ("num_corrections", "num_corrections"),
     ):
         if name in given:
             changes[field] = given[name]

@@ -17,7 +17,7 @@ from specguard.core.records import Solution, StepRecord
 from specguard.loading import Choice
 from specguard.wording import acceptance, is_same_text, label, misfit, no_answer, verdict
 
-_STYLES = {"accepted": "green", "corrected": "green", "rewritten": "yellow", "plain": "cyan"}
+_STYLES = {"accepted": "green", "rewritten": "yellow", "plain": "cyan"}
 
 
 def console(stderr: bool = False) -> Console:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from specguard.core.config import MAX_CANDIDATES, MAX_CORRECTIONS
+from specguard.core.config import MAX_CANDIDATES
 
 _MAX_COUNT = 2**31 - 1  # more than there is room for; what fits is found out where it is loaded
 _MAX_SEED = 2**64 - 1
@@ -83,6 +83,5 @@ class Part(click.ParamType[tuple[int, int]]):
 SHARE = Number(0, 1)
 CANDIDATES = Whole(1, MAX_CANDIDATES)
 GUESSES = Whole(0, MAX_CANDIDATES)
-CORRECTIONS = Whole(0, MAX_CORRECTIONS)
 COUNT = Whole(1, _MAX_COUNT)
 SEED = Whole(0, _MAX_SEED)

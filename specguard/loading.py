@@ -278,8 +278,6 @@ def changed_verifier(verifier: VerifierConfig, changes: Mapping[str, Any]) -> Ve
     unknown = changes.keys() - set(VerifierConfig.__dataclass_fields__)
     if unknown:
         raise UsageError(f"no setting of a verifier is called {min(unknown)!r}")
-    if changes.get("rewrite_from") == "start":  # nothing is corrected that is not kept
-        changes = {"num_corrections": 0, **changes}
     return replace(verifier.asking(changes.get("model", verifier.model)), **changes)
 
 

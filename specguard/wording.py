@@ -14,9 +14,6 @@ def label(step: StepRecord) -> str:
     """Who wrote a step, and what became of the draft's."""
     if step.decision == "accepted":
         return "accepted draft"
-    if step.decision == "corrected":
-        num_corrected = len(step.corrected_places)
-        return f"accepted draft, {_counted(num_corrected, 'token')} corrected by target"
     if step.decision == "plain":
         return f"{step.author}, no draft" if step.is_fallback else step.author
     if is_same_text(step):
@@ -84,16 +81,13 @@ def acceptance(solution: Solution) -> str | None:
     if share is None:
         return None
     drafted = _counted(solution.num_drafted_steps, "drafted step")
-    corrected = stats.num_corrected_steps
-    more = f" and {corrected} once corrected" if corrected else ""
-    return f"accepted {stats.num_accepted_steps} of {drafted}{more}, {share:.0%} of their tokens"
+    return f"accepted {stats.num_accepted_steps} of {drafted}, {share:.0%} of their tokens"
 
 
 def misfit(solution: Solution) -> str | None:
     """What to do about a pair that accepts almost nothing; None for any other."""
     num_drafted, num_accepted = solution.num_drafted_steps, solution.stats.num_accepted_steps
-    num_passed = num_accepted + solution.stats.num_corrected_steps
-    if num_drafted < _NUM_JUDGED or num_passed > _FEW * num_drafted:
+    if num_drafted < _NUM_JUDGED or num_accepted > _FEW * num_drafted:
         return None
     advice = (
         "its verifier may be fitted to another data type (--dtype)"

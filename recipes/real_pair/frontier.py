@@ -34,14 +34,13 @@ class Verifier:
     """
 
     least: float
-    num_corrections: int
     by_numbers: float = 0.0
 
     @property
     def name(self) -> str:
         """Short."""
         numbers = f"+{self.by_numbers:g}num" if self.by_numbers else ""
-        return f"sum{numbers}>={self.least:g} corrections {self.num_corrections}"
+        return f"sum{numbers}>={self.least:g}"
 
     @property
     def config(self) -> VerifierConfig:
@@ -57,19 +56,18 @@ class Verifier:
             weights=weights,
             bounds=bounds,
             threshold=threshold,
-            num_corrections=self.num_corrections,
         )
 
 
 def grid(names: str) -> Iterator[Method]:
-    """Methods by names: target, draft, or LEAST/CORRECTIONS[/BY_NUMBERS]."""
+    """Methods by names: target, draft, or LEAST[/BY_NUMBERS]."""
     for name in names.split(","):
         if name in ("target", "draft"):
             changes: dict[str, Any] = {"method": name, "sampling": GREEDY, "draft_cost": None}
             yield Method(name, changes)
             continue
         parts = [float(part) for part in name.split("/")]
-        verifier = Verifier(parts[0], int(parts[1]), *parts[2:])
+        verifier = Verifier(*parts)
         yield Method(verifier.name, {"verifier": verifier.config, "draft_cost": None})
 
 
@@ -79,11 +77,10 @@ def cost(row: dict[str, Any], figures: tuple[float, float, float]) -> float:
     ``figures`` are a token of the draft, a pass that verifies, and what each token adds to it.
     """
     token, verification, reading = figures
-    num_passes = row["num_verified_steps"] + row["num_corrections"]
     return float(
         row["num_target_tokens"]
         + token * row["num_drafted_tokens"]
-        + verification * num_passes
+        + verification * row["num_verified_steps"]
         + reading * row["num_verified_tokens"]
     )
 
@@ -110,9 +107,7 @@ def table(rows: list[dict[str, Any]], figures: tuple[float, float, float]) -> st
             words[3] = f"{own / whole:.2f}"
         num_verified = sum(of[key]["num_verified_steps"] for key in common)
         if num_verified:
-            passed = sum(
-                of[key]["num_accepted_steps"] + of[key]["num_corrected_steps"] for key in common
-            )
+            passed = sum(of[key]["num_accepted_steps"] for key in common)
             words[4] = f"{passed / num_verified:.0%}"
         lines.append(f"| {' | '.join(words)} |")
     return "\n".join(lines) + "\n"

@@ -63,7 +63,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "threshold": 0.7,
             "sources": "context",
             "rewrite_from": "start",
-            "num_corrections": 0,
         },
         "consistency-only": {"weights": {}, "threshold": 0.0},
         "log-prob": {"weights": ensemble_weights(1.0)},
@@ -71,7 +70,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 USUAL_TOKENS = 2048  # of a solution without thinking
-MAX_CORRECTIONS = 64  # of a step; by then the target had better write it
 MAX_CANDIDATES = 4096  # of a step, and tokens guessed ahead; more is a slip of the finger
 # How a model thinks, as the cards of Qwen3 and DeepSeek-R1 ask for it: greedily it would go round
 # in circles.
@@ -89,8 +87,7 @@ class VerifierConfig:
     ``weights`` of signals sum to 1; without any, every step is accepted unseen (self-consistency
     only). ``bounds`` override `CONSERVATIVE_BOUNDS` signal by signal. Of a rejected step that the
     target has read, ``rewrite_from`` "doubt" keeps what comes before the token that the target
-    doubts most (see `Observation.doubt`), "start" nothing. Before that, up to ``num_corrections``
-    times, the target writes that token alone and the draft goes on behind it. Rollout settings are
+    doubts most (see `Observation.doubt`), "start" nothing. Rollout settings are
     those of the paper: ``num_layers`` L, ``epsilon``, and ``residual`` r.
 
     Raises:
@@ -101,7 +98,6 @@ class VerifierConfig:
     weights: Mapping[str, float] = field(default_factory=lambda: {"log_prob_sum": 1.0})
     threshold: float = 0.7
     rewrite_from: RewriteFrom = "doubt"
-    num_corrections: int = 0
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     sources: Sources = "problem"
     num_layers: int = 3
@@ -116,15 +112,6 @@ class VerifierConfig:
             raise UsageError(f"sources must be 'problem' or 'context', not {self.sources!r}")
         if self.rewrite_from not in ("start", "doubt"):
             raise UsageError(f"rewrite_from must be 'start' or 'doubt', not {self.rewrite_from!r}")
-        if not 0 <= self.num_corrections <= MAX_CORRECTIONS:
-            raise UsageError(
-                f"num_corrections must lie in [0, {MAX_CORRECTIONS}], not {self.num_corrections}"
-            )
-        if self.num_corrections and (self.rewrite_from, self.model) != ("doubt", "target"):
-            raise UsageError(
-                "a step is corrected where the target verifies and rewrites from its doubt",
-                "choose these, or no corrections",
-            )
         for name in (*self.weights, *self.bounds):
             if name not in SIGNALS:
                 known = ", ".join(SIGNALS)
@@ -143,14 +130,8 @@ class VerifierConfig:
             raise UsageError(f"num_layers must be at least 1, not {self.num_layers}")
 
     def asking(self, model: Author) -> "VerifierConfig":
-        """The same with another model's signals; bounds fitted to the first one's are dropped.
-
-        A draft that verifies corrects nothing: what the target would write is not known then.
-        """
-        if model == self.model:
-            return self
-        num_corrections = self.num_corrections if model == "target" else 0
-        return replace(self, model=model, bounds={}, num_corrections=num_corrections)
+        """The same with another model's signals; bounds fitted to the first one's are dropped."""
+        return self if model == self.model else replace(self, model=model, bounds={})
 
     def bounds_of(self, signal: str) -> tuple[float, float]:
         """The values that score 0 and 1: fitted ones, else conservative ones.

@@ -11,7 +11,6 @@ import numpy as np
 
 from specguard.core.config import Author, SolveConfig, VerifierConfig
 from specguard.core.engine import (
-    GREEDY,
     Boundary,
     Candidate,
     Capture,
@@ -142,29 +141,6 @@ class ProblemContext:
             await self._with_whole_code(author, job, index, candidate)
             for index, candidate in enumerate(candidates)
         ]
-
-    async def corrected(self, author: Author, begun: tuple[int, ...], number: int) -> Candidate:
-        """The step in hand that has ``begun`` so, gone on with; none of it is part of the text.
-
-        The target writes a token, as it would rewrite; the draft goes on to the end, greedily.
-        Log-probabilities are not known before the whole is verified.
-        """
-        boundary, sampling = self.boundary(begun, len(begun)), GREEDY
-        if author == "target":
-            sampling = self.config.rewrite_sampling
-            boundary = replace(boundary, max_tokens=1)
-        job = GenerateJob(
-            key=self._keys[author],
-            prefix=self.token_ids + begun,
-            sampling=sampling,
-            boundary=boundary,
-            seed=job_seed(self.config.seed, self._problem, Purpose.CORRECT, self.step, number),
-            uniforms=self.draws(Purpose.CORRECT, number + 1, boundary.max_tokens)[number:],
-        )
-        [rest] = await self.engines[author].generate(job)
-        rest = await self._with_whole_code(author, job, 0, rest)
-        token_ids = begun + rest.token_ids
-        return Candidate(token_ids, self.tokenizer.decode(token_ids), np.empty(0), rest.finish)
 
     def is_code_open(self, token_ids: Sequence[int]) -> bool:
         """Whether a step of these tokens, so far, ends in an open block of code."""

@@ -93,20 +93,16 @@ class Fallback:
         num_read: int,
         num_tokens: int,
         num_rewritten: int,
-        num_corrections: int = 0,
     ) -> None:
         """A step of ``num_tokens`` was drafted, ``num_rewritten`` of which the target wrote.
 
-        The longest of the candidates had ``num_longest`` tokens, with what was drafted behind
-        corrections; ``num_read`` were verified. Each of ``num_corrections`` was a token of the
-        target and a verification more.
+        The longest of the candidates had ``num_longest`` tokens; ``num_read`` were verified.
         """
         if self._cost is None:
             return
         spent = (
             self._cost.of_step(num_candidates, num_longest, num_read) + num_rewritten * self.pace
         )
-        spent += num_corrections * (1 + self._cost.verification)
         self._credit += 1 - spent / (num_tokens * self.pace)
         if self._credit >= _CREDIT:
             self._credit, self._pause = _CREDIT, _FIRST_PAUSE

@@ -1,4 +1,4 @@
-"""The step loop: propose, select, verify, correct, then accept or rewrite; one record per step.
+"""The step loop: propose, select, verify, then accept or rewrite; one record per step.
 
 Knows the seam (`specguard.core.engine`) and nothing of the engines behind it, nor of other
 problems. Plain decoding by the target or the draft alone runs through the same loop and statistics.
@@ -89,7 +89,6 @@ class Solving:
                 step = await self.propose()
                 await self.select(step)
                 await self.verify(step)
-                await self.correct(step)
                 yield self.accept(step) if step.is_accepted else await self.rewrite(step)
         finally:
             self.context.release()
@@ -171,38 +170,6 @@ class Solving:
             seen, pieces = _own_observation(selected), self.context.pieces_of(selected)
             step.verdict = verify(seen, None, step.similarity, pieces, verifier)
 
-    async def correct(self, step: StepState) -> None:
-        """Put the target's token in place of the one that it doubts, and let the draft go on.
-
-        The target pays for one token where it would write the rest of the step. What comes of it
-        is verified as a whole, and corrected again as long as it is rejected and the verifier
-        allows.
-        """
-        for number in range(self.config.verifier.num_corrections):
-            if step.is_accepted or not (step.readings and step.observation):
-                return
-            place = step.observation.doubt
-            is_all_meant = place == len(step.selected.token_ids)
-            if is_all_meant or place + 1 >= self.context.boundary().max_tokens:
-                return
-            step.num_read += sum(len(candidate.token_ids) for candidate in step.verified)
-            with self.recorder.phase("rewrite"):
-                kept = step.selected.token_ids[:place]
-                begun = await self.context.corrected("target", kept, number)
-            if begun.finish == "length":
-                with self.recorder.phase("propose"):
-                    begun = await self.context.corrected("draft", begun.token_ids, number)
-            step.corrected, step.num_corrections = begun, number + 1
-            step.num_redrafted += len(begun.token_ids) - place - 1
-            step.corrected_places = (*(p for p in step.corrected_places if p < place), place)
-            with self.recorder.phase("verify"):
-                await self._read(step)
-            step.corrected = replace(
-                begun,
-                token_logprobs=step.observation.token_logprobs,
-                token_entropies=step.observation.token_entropies,
-            )
-
     async def _read(self, step: StepState) -> None:
         """Have the verifying model read the selected candidate, and judge it by what it sees."""
         verifier, selected = self.config.verifier, step.selected
@@ -226,8 +193,7 @@ class Solving:
         self.context.append(step.selected.token_ids)
         if step.readings:
             self.context.knows("target")
-        written = WrittenStep.of(step.selected, step.corrected_places)
-        return self._judged("corrected" if step.corrected else "accepted", written, step)
+        return self._judged("accepted", WrittenStep.of(step.selected), step)
 
     async def rewrite(self, step: StepState) -> StepRecord:
         """Have the target write the step, from where it would have written otherwise."""
@@ -258,14 +224,12 @@ class Solving:
         else:
             return WrittenStep((), "length", np.zeros(0), np.zeros(0)), False
         entropies = seen.token_entropies
-        places = tuple(place for place in step.corrected_places if place < n)
         beginning = WrittenStep(
             candidate.token_ids[:n],
             candidate.finish,
             seen.token_logprobs[:n],
             None if entropies is None else entropies[:n],
-            num_reused=n - len(places),
-            corrected_places=places,
+            num_reused=n,
         )
         return beginning, n == len(candidate.token_ids)
 
@@ -307,15 +271,14 @@ class Solving:
         author: Author = "target" if decision == "rewritten" else "draft"
         record = self.recorder.record(decision, author, written, step)
         num_longest = max(len(candidate.token_ids) for candidate in step.candidates)
-        num_written = record.num_tokens - record.num_reused - len(record.corrected_places)
+        num_written = record.num_tokens - record.num_reused
         self.fallback.pace = self.lookahead.pace
         self.fallback.saw_drafted(
             num_candidates=len(step.candidates),
-            num_longest=num_longest + step.num_redrafted,
-            num_read=step.num_read + sum(len(candidate.token_ids) for candidate in step.verified),
+            num_longest=num_longest,
+            num_read=sum(len(candidate.token_ids) for candidate in step.verified),
             num_tokens=record.num_tokens,
             num_rewritten=num_written if decision == "rewritten" else 0,
-            num_corrections=step.num_corrections,
         )
         return record
 
@@ -344,5 +307,4 @@ def _joined(beginning: WrittenStep, rest: WrittenStep) -> WrittenStep:
         num_guessed=rest.num_guessed,
         num_kept=rest.num_kept,
         num_reused=beginning.num_reused,
-        corrected_places=beginning.corrected_places,
     )

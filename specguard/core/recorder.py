@@ -78,15 +78,12 @@ class Recorder:
             author=author,
             decision=decision,
             num_tokens=len(written.token_ids),
-            num_drafted=sum(len(candidate.token_ids) for candidate in candidates)
-            + (step.num_redrafted if step else 0),
+            num_drafted=sum(len(candidate.token_ids) for candidate in candidates),
             signals=dict(verdict.signals) if verdict else {},
             scores=dict(verdict.scores) if verdict else {},
             threshold=self._threshold if verdict else None,
             seconds=self._seconds,
-            draft_text=(
-                step.proposed.text if step and decision in ("corrected", "rewritten") else None
-            ),
+            draft_text=(step.selected.text if step and decision == "rewritten" else None),
             selected=step.selection.index if step and step.selection else None,
             candidates=self._candidate_records(step),
             tokens=self._token_arrays(written, step),
@@ -95,8 +92,6 @@ class Recorder:
             num_reused=written.num_reused,
             is_fallback=is_fallback,
             num_spared=step.num_spared if step else 0,
-            num_corrections=step.num_corrections if step else 0,
-            corrected_places=written.corrected_places,
         )
         self._seconds = {}
         self.steps.append(made)

@@ -17,7 +17,7 @@ DOCUMENTED_SCORES = ("log_prob", "grounding", "ensemble")
 
 # "stop": whoever reads the steps wants no more of them.
 FinishReason = Literal["answer", "eos", "length", "repetition", "stop"]
-Decision = Literal["accepted", "corrected", "rewritten", "plain"]
+Decision = Literal["accepted", "rewritten", "plain"]
 AnswerSource = Literal["box", "text"]
 Phase = Literal["propose", "select", "verify", "commit", "rewrite"]
 
@@ -60,9 +60,7 @@ class StepRecord:
     ``num_reused`` tokens at the beginning of a rewritten step stand because the target, reading a
     rejected candidate, found that it would have written them itself. ``is_fallback`` marks a step
     that the target wrote because drafting did not pay; ``num_spared`` candidates were not drawn
-    because the first ones agreed. The target put ``num_corrections`` tokens in place of what
-    it doubted; those at ``corrected_places`` stand in the step. One that passed with such ones is
-    "corrected".
+    because the first ones agreed.
     """
 
     index: int
@@ -84,8 +82,6 @@ class StepRecord:
     num_reused: int = 0
     is_fallback: bool = False
     num_spared: int = 0
-    num_corrections: int = 0
-    corrected_places: tuple[int, ...] = ()
 
     @property
     def is_accepted(self) -> bool:
@@ -100,11 +96,10 @@ class Stats:
     Acceptance rates, of steps and of the tokens in them, are None where nothing was verified.
     ``num_target_tokens`` were written by the target one by one; ``num_verified_tokens`` it read in
     parallel passes (catching up included). Token-level speculation kept ``num_kept_tokens`` of the
-    ``num_guessed_tokens`` that the draft guessed for it. ``num_corrected_steps`` passed once the
-    target had put a token or more of its own in them, ``num_corrections`` times in all. Rewritten
-    steps begin with ``num_reused_tokens`` that the target would have written anyway. Drafting was
-    switched off ``num_fallbacks`` times, for ``num_fallback_steps`` in all;
-    ``num_spared_candidates`` were not drawn.
+    ``num_guessed_tokens`` that the draft guessed for it. Rewritten steps begin with
+    ``num_reused_tokens`` that the target would have written anyway. Drafting was switched off
+    ``num_fallbacks`` times, for ``num_fallback_steps`` in all; ``num_spared_candidates`` were not
+    drawn.
     """
 
     seconds: float
@@ -126,8 +121,6 @@ class Stats:
     num_fallbacks: int = 0
     num_fallback_steps: int = 0
     num_spared_candidates: int = 0
-    num_corrections: int = 0
-    num_corrected_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,9 +261,8 @@ def summarise(
         num_drafted_tokens=sum(step.num_drafted for step in steps),
         num_target_tokens=sum(
             step.num_tokens - step.num_kept - step.num_reused
-            if step.author == "target"
-            else len(step.corrected_places)
             for step in steps
+            if step.author == "target"
         ),
         num_verified_tokens=num_verified_tokens,
         step_acceptance_rate=len(accepted) / len(verified) if verified else None,
@@ -288,8 +280,6 @@ def summarise(
         ),
         num_fallback_steps=sum(step.is_fallback for step in steps),
         num_spared_candidates=sum(step.num_spared for step in steps),
-        num_corrections=sum(step.num_corrections for step in steps),
-        num_corrected_steps=sum(step.decision == "corrected" for step in steps),
     )
 
 

@@ -13,9 +13,7 @@ class StepState:
 
     ``num_spared`` candidates were not drawn. ``verdicts`` are by index, of candidates that the
     target has scored to select; ``readings`` what the target has read, and what it saw there;
-    ``observation`` is of the selected candidate. Once the target has corrected that one,
-    ``corrected`` is what has come of it, in which tokens at ``corrected_places`` are the target's;
-    the draft has drawn ``num_redrafted`` tokens behind these, and the target ``num_corrections``.
+    ``observation`` is of the selected candidate.
     """
 
     candidates: list[Candidate]
@@ -25,22 +23,12 @@ class StepState:
     verdicts: dict[int, Verdict] = field(default_factory=dict)
     readings: list[tuple[Candidate, Observation]] = field(default_factory=list)
     observation: Observation | None = None
-    corrected: Candidate | None = None
-    corrected_places: tuple[int, ...] = ()
-    num_corrections: int = 0
-    num_redrafted: int = 0
-    num_read: int = 0  # tokens that were verified before the last correction
-
-    @property
-    def proposed(self) -> Candidate:
-        """The candidate that was selected."""
-        assert self.selection is not None
-        return self.candidates[self.selection.index]
 
     @property
     def selected(self) -> Candidate:
-        """The candidate that was selected, as it stands with its corrections."""
-        return self.corrected or self.proposed
+        """The candidate that was selected."""
+        assert self.selection is not None
+        return self.candidates[self.selection.index]
 
     @property
     def verified(self) -> list[Candidate]:
@@ -65,8 +53,7 @@ class WrittenStep:
     """A step as it stands in the text.
 
     Of ``num_guessed`` tokens that the draft guessed it keeps ``num_kept``; ``num_reused`` tokens at
-    its beginning are of a candidate that the target has read, but for those at
-    ``corrected_places``, which the target wrote.
+    its beginning are of a candidate that the target has read.
     """
 
     token_ids: tuple[int, ...]
@@ -76,15 +63,13 @@ class WrittenStep:
     num_guessed: int = 0
     num_kept: int = 0
     num_reused: int = 0
-    corrected_places: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, candidate: Candidate, corrected_places: tuple[int, ...] = ()) -> "WrittenStep":
-        """A candidate as it was drawn, or as the target has corrected it."""
+    def of(cls, candidate: Candidate) -> "WrittenStep":
+        """A candidate as it was drawn."""
         return cls(
             candidate.token_ids,
             candidate.finish,
             candidate.token_logprobs,
             candidate.token_entropies,
-            corrected_places=corrected_places,
         )

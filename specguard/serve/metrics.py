@@ -59,9 +59,8 @@ class Metrics:
     def step(self, step: StepRecord) -> None:
         """A step was decided."""
         self._steps.labels(step.decision).inc()
-        num_corrected = len(step.corrected_places)
         is_draft = step.author == "draft"
-        num_draft = step.num_tokens - num_corrected if is_draft else step.num_kept + step.num_reused
+        num_draft = step.num_tokens if is_draft else step.num_kept + step.num_reused
         self._tokens.labels("draft").inc(num_draft)
         self._tokens.labels("target").inc(step.num_tokens - num_draft)
         self._drafted.inc(step.num_drafted)

@@ -25,7 +25,6 @@ _LIMITED = {
     "threshold": _STEPWISE,
     "preset": ("specguard",),
     "selector": _STEPWISE,
-    "corrections": ("specguard",),
     "speculate": ("sd", *_STEPWISE),
 }
 _RENAMED = {"k": "num_candidates", "speculate": "num_speculated"}
@@ -81,7 +80,6 @@ def _of_verifier(own: SpecguardOptions, config: SolveConfig) -> dict[str, Any]:
     for name, value in (
         ("threshold", own.threshold),
         ("model", own.verifier),
-        ("num_corrections", own.corrections),
     ):
         if value is not None:
             changes[name] = value

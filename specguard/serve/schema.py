@@ -138,7 +138,6 @@ class SpecguardOptions(Strict):
     threshold: float | None = None
     preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
     selector: str | None = None
-    corrections: int | None = None
     speculate: int | None = None
     fallback: bool = True
     thinking: bool | None = None
