@@ -30,6 +30,7 @@ from specguard.core import (
 )
 from tests.conftest import TINY
 from tests.replay import Replay, send, serving
+from tests.serving import serving as behind
 from tests.test_cli import invoke
 
 RECORDED = Path(__file__).parent / "data" / "http"
@@ -414,3 +415,36 @@ def test_nobody_there_is_one_line() -> None:
     assert refused.exit_code == 1
     assert "no answer from http://127.0.0.1:9" in refused.stderr
     assert len(refused.stderr.splitlines()) == 2
+
+
+def test_a_server_in_front_outlives_an_engine_behind_it(vllm: tuple[Replay, str]) -> None:
+    """The engine dies in mid-stream: a clean error there, others go on, and it recovers."""
+    replay, url = vllm
+    solver = specguard.load(
+        draft=str(TINY / "draft"),
+        target=url,
+        backend="cpu",
+        draft_cost=None,
+        engine_args={"target.tokenizer": TOKENIZER},
+    )
+    num_asked = 0
+
+    def dies(handler: BaseHTTPRequestHandler, request: str) -> bool:
+        nonlocal num_asked
+        num_asked += "completion" in request
+        if num_asked > 1:  # the first step is verified
+            drop(handler)
+        return num_asked > 1
+
+    with behind(solver) as served:
+        whole = served.answer(SHELLS, temperature=0)["choices"][0]["message"]["content"]
+        replay.fault = dies
+        response = served.chat(SHELLS, temperature=0, stream=True)
+        events = [line for line in response.text.split("\n\n") if line.startswith("data: {")]
+        assert "Given." in "".join(events)
+        assert "no answer from" in json.loads(events[-1][6:])["error"]["message"]
+        own = served.answer(SHELLS, temperature=0, specguard={"method": "draft"})
+        assert own["choices"][0]["finish_reason"] == "stop"
+        assert served.client.get("/health").status_code == 200
+        replay.fault = lambda handler, request: False
+        assert served.answer(SHELLS, temperature=0)["choices"][0]["message"]["content"] == whole
