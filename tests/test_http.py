@@ -275,6 +275,14 @@ def test_a_stream_that_breaks_goes_on_behind_what_came(llama: tuple[Replay, str]
     assert len(prompts) > 10
 
 
+def test_a_stream_may_say_that_it_has_failed(llama: tuple[Replay, str]) -> None:
+    content = 'data: {"error": {"message": "out of memory"}}\n\n'
+    engine = load(llama[1])
+    llama[0].fault = answering(200, content, "text/event-stream")
+    with pytest.raises(SpecguardError, match="gives up: out of memory"):
+        asyncio.run(engine.generate(JOB))
+
+
 def test_replicas_share_the_problems_and_keep_them(vllm: tuple[Replay, str]) -> None:
     other = Replay.read(RECORDED / "vllm.json")
     with serving(other) as url:

@@ -122,7 +122,12 @@ class Client:
                 self._json(answer, await self._read(answer))
             async for line in answer.aiter_lines():
                 _, mark, data = line.partition("data: ")
-                if mark and data != "[DONE]" and take(self._parsed(answer, data)):
+                if not mark or data == "[DONE]":
+                    continue
+                event = self._parsed(answer, data)
+                if isinstance(event, dict) and "error" in event:
+                    raise SpecguardError(f"{self.url} gives up: {_message(event)}")
+                if take(event):
                     return
 
     async def _retried(

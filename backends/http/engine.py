@@ -8,11 +8,11 @@ all engines have in common, and what a server has written beyond it is dropped.
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Coroutine, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,8 @@ from specguard.core.engine import (
 )
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.text import PieceTable, StepScanner
+
+T = TypeVar("T")
 
 _REASON = "a server hands out tokens and their log-probabilities"
 _LACKS: tuple[Feature, ...] = (
@@ -97,7 +99,7 @@ class HttpEngine:
                 raise SpecguardError(f"{replica.client.url} has drawn {len(continuations)} of them")
             for candidate, continuation in zip(drawn, cycle(continuations), strict=False):
                 candidate.read(continuation)
-        await asyncio.gather(*(self._finish(replica, candidate) for candidate in drawn))
+        await _together(self._finish(replica, candidate) for candidate in drawn)
         if listener is not None and listener.error is not None:
             raise listener.error
         return [candidate.result() for candidate in drawn]
@@ -117,7 +119,7 @@ class HttpEngine:
             raise UsageError(f"{self.name} hands out neither hidden states nor distributions")
         replica = self._replica(job.key)
         wanted = list(dict.fromkeys(job.continuations))
-        found = await asyncio.gather(*(self._observe(replica, job, each) for each in wanted))
+        found = await _together(self._observe(replica, job, each) for each in wanted)
         seen = dict(zip(wanted, found, strict=True))
         return [seen[token_ids] for token_ids in job.continuations]
 
@@ -261,6 +263,16 @@ class _Drawn:
             token_logprobs=self._engine._finite(self._logprobs),
             finish=self._finish,
         )
+
+
+async def _together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all; where one fails, nobody waits for the others."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 @contextmanager
