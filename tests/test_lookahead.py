@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 
 import specguard
-from specguard.core import DraftCost, SolveConfig, Solver, SpecguardError, VerifierConfig
+from specguard.core import (
+    DraftCost,
+    Sampling,
+    SolveConfig,
+    Solver,
+    SpecguardError,
+    VerifierConfig,
+    solve_many,
+)
 from specguard.core.fallback import Fallback
 from specguard.core.speculation import Lookahead
 from specguard.models.tiny import problems
@@ -37,6 +45,11 @@ def test_guesses_are_as_long_as_they_pay() -> None:
     # Nobody knows what a guess costs.
     assert lookahead(None).num_ahead == 0
     assert lookahead(None, method="sd").num_ahead == 4
+
+
+def test_sampled_rewrites_are_guessed_where_somebody_asks() -> None:
+    assert lookahead(CHEAP, rewrite_sampling=Sampling()).num_ahead == 0
+    assert lookahead(CHEAP, rewrite_sampling=Sampling(), num_speculated=3).num_ahead == 3
 
 
 def test_what_was_asked_for_is_done_whatever_it_costs() -> None:
@@ -114,6 +127,23 @@ def test_guesses_that_cease_to_pay_leave_the_rest_to_the_target(
     assert len(rounds) == 1
     assert found.stats.num_guessed_tokens == 2
     assert found.text == pair.solve(problem, method="target").text
+
+
+def test_side_by_side_nothing_is_guessed_unless_somebody_asks(pair: Solver) -> None:
+    texts = [problem.text for problem in islice(problems.stream(problems.CALIBRATION), 3)]
+    settings: dict[str, Any] = {"verifier": STRICT, "draft_cost": CHEAP}
+    alone = [pair.solve(text, **settings) for text in texts]
+    assert sum(each.stats.num_guessed_tokens for each in alone) > 0
+    for batch_size, more, guesses in (
+        (1, {}, True),
+        (3, {}, False),
+        (3, {"num_speculated": 2}, True),
+    ):
+        outcomes = list(solve_many(pair, texts, batch_size=batch_size, **settings, **more))
+        found = {each.index: each.solution for each in outcomes}
+        assert [found[index].text for index in range(3)] == [each.text for each in alone]  # type: ignore[union-attr]
+        counts = [each.stats.num_guessed_tokens for each in found.values() if each]
+        assert (sum(counts) > 0) == guesses
 
 
 def test_greedy_guesses_need_the_target_s_choices() -> None:

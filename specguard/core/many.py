@@ -1,11 +1,12 @@
 """Many problems side by side: as many as there is room for, each one's outcome as it comes.
 
-Sharing passes among them is the engines' business. A solution depends neither on the other problems
-nor on how many there are.
+Sharing passes among them is the engines' business. A solution's text depends neither on the other
+problems nor on how many there are. Where these share passes, guesses of a few tokens at a time cost
+more than they save: unless somebody asks for them, none are made.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,13 +90,23 @@ def solve_many_async(
     if not isinstance(problems, Iterable):
         raise UsageError(f"problems are a list of texts, not {type(problems).__name__}")
     solver.configured(**changes)
-    tasks = (
+    tasks: Iterator[Task] = (
         Task(task.problem, {**changes, **task.changes})
         if isinstance(task, Task)
         else Task(task, changes)
         for task in problems
     )
+    if batch_size > 1:
+        tasks = (Task(task.problem, beside_others(solver, task.changes)) for task in tasks)
     return _solve(solver, enumerate(tasks), batch_size, memory_budget)
+
+
+def beside_others(solver: Solver, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes to the settings of a problem that is solved beside others: no guesses."""
+    is_asked_for = "num_speculated" in changes or solver.config.num_speculated is not None
+    if is_asked_for or changes.get("method", solver.config.method) == "sd":
+        return dict(changes)
+    return {**changes, "num_speculated": 0}
 
 
 async def _solve(

@@ -32,8 +32,8 @@ class Lookahead:
     """How many tokens the draft guesses ahead of the target, in one problem.
 
     As many as ``num_speculated`` of the settings; where that is None, as many as make the target's
-    tokens cheapest, by what drafting costs and by how many guesses were kept so far. Without a
-    cost, that is none, and in method "sd" the usual number.
+    tokens cheapest, by what drafting costs and by how many guesses were kept so far: none where
+    rewrites are sampled. Without a cost, that is none, too, and in method "sd" the usual number.
     """
 
     def __init__(self, config: SolveConfig, is_possible: bool = True) -> None:
@@ -42,6 +42,9 @@ class Lookahead:
         self._num_fixed = config.num_speculated if is_possible else 0
         if self._num_fixed is None and self._cost is None:
             self._num_fixed = _USUAL_GUESSES if config.method == "sd" else 0
+        if config.num_speculated is None and config.method != "sd":
+            # Sampled otherwise, a solution would not be the one that it is without guesses.
+            self._num_fixed = self._num_fixed if config.rewrite_sampling.is_greedy else 0
         self._least = 1 if config.method == "sd" else 0
 
     @property
