@@ -167,7 +167,7 @@ def test_numbers_and_operators_have_a_signal(pieces: list[str], expected: float)
 
 
 def test_the_usual_verifier_forgives_single_words_and_not_many() -> None:
-    for logprobs, accepted in ([-8.9, *[0.0] * 9], True), ([-0.95] * 10, False):
+    for logprobs, accepted in ([-4.4, *[0.0] * 9], True), ([-0.5] * 10, False):
         seen = Observation(np.array(logprobs), np.zeros(10, dtype=bool))
         assert verify(seen, None, 1.0, ["so"] * 10, VerifierConfig()).is_accepted == accepted
 

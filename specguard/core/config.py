@@ -18,12 +18,12 @@ RewriteFrom = Literal["start", "doubt"]
 # Signals that a verifier can weigh. Bounds are (value that scores 0, value that scores 1), so an
 # entropy's run downwards. They hold for a pair without fitted bounds and are meant to err towards
 # the target: a log-probability of -6 is a token that the model gives a chance of 1 in 400. With the
-# usual threshold a sum passes from -9 on, see docs/measurements.md.
+# usual threshold a sum passes from -4.5 on, see docs/measurements.md.
 CONSERVATIVE_BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
     {
         "log_prob": (-6.0, 0.0),
         "log_prob_mean": (-2.0, 0.0),
-        "log_prob_sum": (-30.0, 0.0),
+        "log_prob_sum": (-15.0, 0.0),
         "log_prob_numbers": (-6.0, 0.0),
         "entropy_mean": (2.0, 0.0),
         "entropy_max": (4.0, 0.0),
