@@ -150,8 +150,10 @@ def replayed_contenders(
     contenders = peer_contenders(solver, backend, schedule.num_tokens, stops=False)[:1]
     contenders.append(_solving(plain, backend, {"method": "target"}))
     for share in acceptances:
-        replayed = replaying(solver, Schedule.of(num_steps, STEP_LENGTH, share))
-        contenders.append(_solving(replayed, backend, {"method": "sd"}, share))
+        shared = Schedule.of(num_steps, STEP_LENGTH, share)
+        guessed = replaying(solver, shared, guesses=True)
+        contenders.append(_solving(guessed, backend, {"method": "sd"}, share))
+        replayed = replaying(solver, shared)
         for count in counts:
             contenders.append(_solving(replayed, backend, {"num_candidates": count}, share))
     return contenders

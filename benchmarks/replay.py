@@ -85,11 +85,12 @@ class Replayed:
 
     Every candidate reaches to the end of its step, whatever its tokens are. What is scored has
     log-probabilities of 0 in accepted steps and very low ones in others, whichever candidate it
-    is; distributions leave no choice whether a token is accepted.
+    is; distributions and choices leave no doubt whether a guessed token is accepted. ``guesses``:
+    what is drafted are guesses ahead, not steps.
     """
 
-    def __init__(self, engine: Engine, schedule: Schedule) -> None:
-        self._engine, self._schedule = engine, schedule
+    def __init__(self, engine: Engine, schedule: Schedule, guesses: bool = False) -> None:
+        self._engine, self._schedule, self._guesses = engine, schedule, guesses
         self._prompt_lengths: dict[Hashable, int] = {}
         self.name, self.features, self.reasons = engine.name, engine.features, engine.reasons
         self.context_limit = engine.context_limit
@@ -100,13 +101,13 @@ class Replayed:
         """Steps of the scheduled length; in token-level speculation of the asked one."""
         position = self._position(job)
         cap = job.boundary.max_tokens
-        if not job.distributions:
+        if not self._guesses:
             stop = self._schedule.stops[self._schedule.step_at(position)]
             cap = min(cap, stop - position)
         uniforms = None if job.uniforms is None else job.uniforms[:, :cap]
         boundary = Boundary("", frozenset(), cap)
         candidates = await self._engine.generate(replace(job, boundary=boundary, uniforms=uniforms))
-        if job.distributions:
+        if self._guesses:
             return candidates
         return [replace(candidate, finish="delimiter") for candidate in candidates]
 
@@ -114,6 +115,11 @@ class Replayed:
         """What the engine says, and whether it was scheduled to accept it."""
         position = self._position(job)
         observations = await self._engine.score(job)
+        if job.choices:
+            return [
+                replace(seen, choices=self._chosen(token_ids, position))
+                for seen, token_ids in zip(observations, job.continuations, strict=True)
+            ]
         if job.distributions is None:
             is_accepted = self._schedule.accepted[self._schedule.step_at(position)]
             logprob = 0.0 if is_accepted else _REFUSED
@@ -134,6 +140,13 @@ class Replayed:
     def _position(self, job: GenerateJob | ScoreJob) -> int:
         """Behind the prompt, which is the prefix of a problem's first job."""
         return len(job.prefix) - self._prompt_lengths.setdefault(job.key, len(job.prefix))
+
+    def _chosen(self, token_ids: Sequence[int], position: int) -> tuple[int, ...]:
+        """The tokens that are accepted, and others in place of those that are not."""
+        accepted = self._schedule.accepted_tokens[position:]
+        pairs = zip(token_ids, accepted, strict=False)
+        chosen = [token_id if is_accepted else token_id - 1 for token_id, is_accepted in pairs]
+        return (*chosen, *token_ids[len(chosen) :], token_ids[0])
 
     def _decided(
         self, distributions: FloatArray | None, token_ids: Sequence[int], position: int
@@ -169,8 +182,11 @@ class _Numbering:
         return f"{next(self._numbers)} "
 
 
-def replaying(solver: Solver, schedule: Schedule) -> Solver:
-    """The solver's pair over a schedule; the target's log-probability alone decides."""
+def replaying(solver: Solver, schedule: Schedule, guesses: bool = False) -> Solver:
+    """The solver's pair over a schedule; the target's log-probability alone decides.
+
+    ``guesses`` is for method "sd".
+    """
     assert solver.draft is not None
     assert solver.target is not None
     config = SolveConfig(
@@ -180,4 +196,5 @@ def replaying(solver: Solver, schedule: Schedule) -> Solver:
         max_step_tokens=schedule.num_tokens,
         max_steps=schedule.num_tokens,
     )
-    return Solver(Replayed(solver.draft, schedule), Replayed(solver.target, schedule), config)
+    draft = Replayed(solver.draft, schedule, guesses)
+    return Solver(draft, Replayed(solver.target, schedule), config)

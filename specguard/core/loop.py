@@ -38,7 +38,8 @@ class Solving:
     """One problem on its way to a solution; its steps are iterated over once.
 
     ``prompt`` is what the models read of it, None: the problem behind the system prompt.
-    ``observer`` is told of the tokens of those who are ``observed``.
+    ``observer`` is told of the tokens of those who are ``observed``; ``shares_passes``: other
+    problems are solved beside this one.
 
     Raises:
         UsageError: a blank problem, or no text at all.
@@ -55,6 +56,7 @@ class Solving:
         observer: Observer | None = None,
         prompt: Prompt | None = None,
         observed: Collection[Author] = ("draft", "target"),
+        shares_passes: bool = False,
     ) -> None:
         engines = pair.engines_for(config)
         check_problem(problem)
@@ -72,7 +74,7 @@ class Solving:
                 "shorten the problem or choose a pair with a longer context",
             )
         self.recorder = Recorder(problem, self.context)
-        self.lookahead = Lookahead(config, pair.can_guess(config))
+        self.lookahead = Lookahead(config, pair.can_guess(config), shares_passes)
         self.fallback = fallback_for(config)
         self.fallback.pace = self.lookahead.pace
         self._embed = embed

@@ -6,7 +6,7 @@ more than they save: unless somebody asks for them, none are made.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,23 +90,13 @@ def solve_many_async(
     if not isinstance(problems, Iterable):
         raise UsageError(f"problems are a list of texts, not {type(problems).__name__}")
     solver.configured(**changes)
-    tasks: Iterator[Task] = (
+    tasks = (
         Task(task.problem, {**changes, **task.changes})
         if isinstance(task, Task)
         else Task(task, changes)
         for task in problems
     )
-    if batch_size > 1:
-        tasks = (Task(task.problem, beside_others(solver, task.changes)) for task in tasks)
     return _solve(solver, enumerate(tasks), batch_size, memory_budget)
-
-
-def beside_others(solver: Solver, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Changes to the settings of a problem that is solved beside others: no guesses."""
-    is_asked_for = "num_speculated" in changes or solver.config.num_speculated is not None
-    if is_asked_for or changes.get("method", solver.config.method) == "sd":
-        return dict(changes)
-    return {**changes, "num_speculated": 0}
 
 
 async def _solve(
@@ -126,7 +116,8 @@ async def _solve(
                     continue
                 if budget is not None and running and sum(running.values()) + num_bytes > budget:
                     break
-                running[asyncio.create_task(_outcome(solver, index, task))] = num_bytes
+                outcome = _outcome(solver, index, task, shares_passes=batch_size > 1)
+                running[asyncio.create_task(outcome)] = num_bytes
                 waiting = next(tasks, None)
             if running:
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -140,9 +131,12 @@ async def _solve(
         await asyncio.gather(*running, return_exceptions=True)
 
 
-async def _outcome(solver: Solver, index: int, task: Task) -> Finished:
+async def _outcome(solver: Solver, index: int, task: Task, shares_passes: bool) -> Finished:
     try:
-        return Finished(index, await solver.solve_async(task.problem, **task.changes))
+        solution = await solver.solve_async(
+            task.problem, shares_passes=shares_passes, **task.changes
+        )
+        return Finished(index, solution)
     except SpecguardError as error:
         return Finished(index, error=error.with_traceback(None))  # it holds what was in hand
 

@@ -86,6 +86,7 @@ class Solver:
         on_progress: Observer | None = None,
         observed: Collection[Author] = ("draft", "target"),
         prompt: Prompt | None = None,
+        shares_passes: bool = False,
         **changes: Any,
     ) -> Solving:
         """One problem, to be solved by iterating over its ``steps()`` in an event loop.
@@ -93,8 +94,9 @@ class Solver:
         ``prompt`` is what the models read, for example a conversation that ends with the problem;
         None puts the problem behind the system prompt of the settings. ``on_progress`` is called
         with every `Progress` event, in the thread that does the work, tokens of those who are
-        ``observed`` among them; an exception that it raises ends the problem. ``changes`` replace
-        fields of the solver's `SolveConfig` for this problem.
+        ``observed`` among them; an exception that it raises ends the problem. Where others are
+        solved beside it, it ``shares_passes``, and nothing is guessed unless somebody asks.
+        ``changes`` replace fields of the solver's `SolveConfig` for this problem.
 
         Raises:
             UsageError: a change that `SolveConfig` refuses, or a blank problem.
@@ -102,7 +104,14 @@ class Solver:
         """
         config = self.configured(**changes)
         return Solving(
-            problem, self.pair, self.embedder(config), config, on_progress, prompt, observed
+            problem,
+            self.pair,
+            self.embedder(config),
+            config,
+            on_progress,
+            prompt,
+            observed,
+            shares_passes,
         )
 
     def stream(
@@ -122,10 +131,17 @@ class Solver:
         return steps.solution
 
     async def solve_async(
-        self, problem: str, *, on_progress: Observer | None = None, **changes: Any
+        self,
+        problem: str,
+        *,
+        on_progress: Observer | None = None,
+        shares_passes: bool = False,
+        **changes: Any,
     ) -> Solution:
         """`solve` in an event loop; many at once share the engines' passes."""
-        solving = self.begin(problem, on_progress=on_progress, **changes)
+        solving = self.begin(
+            problem, on_progress=on_progress, shares_passes=shares_passes, **changes
+        )
         async for _ in solving.steps():
             pass
         return solving.solution()

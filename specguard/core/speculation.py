@@ -33,18 +33,23 @@ class Lookahead:
 
     As many as ``num_speculated`` of the settings; where that is None, as many as make the target's
     tokens cheapest, by what drafting costs and by how many guesses were kept so far: none where
-    rewrites are sampled. Without a cost, that is none, too, and in method "sd" the usual number.
+    rewrites are sampled, or a problem ``shares_passes`` with others. Without a cost, that is none,
+    too, and in method "sd" the usual number.
     """
 
-    def __init__(self, config: SolveConfig, is_possible: bool = True) -> None:
+    def __init__(
+        self, config: SolveConfig, is_possible: bool = True, shares_passes: bool = False
+    ) -> None:
         self._cost = config.draft_cost
         self._num_kept, self._num_rejected = _KEPT, _REJECTED
         self._num_fixed = config.num_speculated if is_possible else 0
         if self._num_fixed is None and self._cost is None:
             self._num_fixed = _USUAL_GUESSES if config.method == "sd" else 0
         if config.num_speculated is None and config.method != "sd":
-            # Sampled otherwise, a solution would not be the one that it is without guesses.
-            self._num_fixed = self._num_fixed if config.rewrite_sampling.is_greedy else 0
+            # Sampled otherwise, a solution would not be the one that it is without guesses; and
+            # a pass for a few tokens of one problem costs others more than it saves.
+            is_free = config.rewrite_sampling.is_greedy and not shares_passes
+            self._num_fixed = self._num_fixed if is_free else 0
         self._least = 1 if config.method == "sd" else 0
 
     @property

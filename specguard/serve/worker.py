@@ -15,7 +15,6 @@ from typing import Any
 from specguard.core.config import Author, SolveConfig
 from specguard.core.engine import Prompt
 from specguard.core.errors import SpecguardError
-from specguard.core.many import beside_others
 from specguard.core.progress import Progress, TokensDrawn
 from specguard.core.records import Solution, StepRecord
 from specguard.core.solver import Solver
@@ -284,7 +283,8 @@ class Worker:
             prompt=order.prompt,
             observed=(certain,),
             on_progress=hear if order.is_streamed else None,
-            **(beside_others(self._solver, order.changes) if self.num_open > 1 else order.changes),
+            shares_passes=self.num_open > 1,
+            **order.changes,
         )
         num_since = 0
         try:

@@ -72,7 +72,7 @@ def test_replay_takes_exactly_the_scheduled_steps(solver: Solver, num_candidates
 def test_token_level_speculation_keeps_the_scheduled_tokens(solver: Solver) -> None:
     for acceptance in 0.0, 0.6, 1.0:
         schedule = Schedule.of(4, 10, acceptance)
-        stats = replaying(solver, schedule).solve(PROBLEM, method="sd").stats
+        stats = replaying(solver, schedule, guesses=True).solve(PROBLEM, method="sd").stats
         assert stats.num_tokens == 40
         # A guess is kept where it and all before it in its block are accepted; behind them the
         # target writes one of its own.
