@@ -10,6 +10,7 @@ from typing import Any
 from specguard.backends.gguf import GGUF, gguf_in, is_gguf_path, open_gguf
 from specguard.core.errors import SpecguardError, UsageError
 
+PACKED = "int4"  # what weights rounded to 4 bits are called as a number type
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _COUNTS = (
     "hidden_size",

@@ -69,7 +69,7 @@ class Dialect(Protocol):
     def score_body(self, model: str, prefix: Sequence[int], token_ids: Sequence[int]) -> Body:
         """A request for log-probabilities of tokens behind a prefix."""
 
-    def scored(self, answer: Any, num_prefix: int, token_ids: Sequence[int]) -> "Scored":
+    def scored(self, answer: Any, num_prefix: int, token_ids: Sequence[int]) -> Scored:
         """What is said of the tokens."""
 
 

@@ -1,6 +1,7 @@
 """Finding out what a server is: its kind, its model, its context window and its tokenizer."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class _Server:
             )
         self.dialect: Dialect = DIALECTS[kind]
 
-    @property
+    @cached_property
     def context_limit(self) -> int:
         """Tokens that a text may have; scoring goes on by a token with what it scores."""
         length = self.card.get("max_model_len")

@@ -7,14 +7,13 @@ from mlx import nn
 from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load_model as load_mlx_model
 
-from specguard.backends.checkpoint import Checkpoint, open_checkpoint
+from specguard.backends.checkpoint import PACKED, Checkpoint, open_checkpoint
 from specguard.backends.local.engine import LocalEngine
 from specguard.backends.memory import Demand, ModelSize, this_machine
 from specguard.backends.mlx.layer import MlxLayer
 from specguard.backends.tokenizer import FolderTokenizer
 from specguard.core.errors import SpecguardError
 
-PACKED = "int4"  # what weights quantised to 4 bits are called as a number type
 _GROUP = 64  # weights of a row that share a scale and an offset
 _BYTES_QUANTISED = 0.5 + 2 * 2 / _GROUP
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

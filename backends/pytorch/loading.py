@@ -7,13 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from specguard.backends.checkpoint import Checkpoint, open_checkpoint
+from specguard.backends.checkpoint import PACKED, Checkpoint, open_checkpoint
 from specguard.backends.local.engine import LocalEngine
 from specguard.backends.memory import Demand, ModelSize, Place, this_machine
 from specguard.backends.pytorch.attention import ATTENTION_NAME, register
 from specguard.backends.pytorch.fused import why_config_not_fused
 from specguard.backends.pytorch.layer import TorchLayer, is_out_of_memory
-from specguard.backends.pytorch.matrix import PACKED, PACKED_BYTES
+from specguard.backends.pytorch.matrix import PACKED_BYTES
 from specguard.backends.tokenizer import FolderTokenizer
 from specguard.core.errors import SpecguardError
 from specguard.core.reference import is_reference

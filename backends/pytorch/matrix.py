@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-PACKED = "int4"  # what this is called as a number type
 _FEW_ROWS = 64  # whose product with a matrix takes little longer than reading the matrix
 _HAS_AMX = torch.cpu._is_amx_tile_supported()
 _GROUP = 32  # weights of a row that share a scale and an offset

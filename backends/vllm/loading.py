@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from typing import Any
 
-from specguard.backends.checkpoint import Checkpoint, open_checkpoint
+from specguard.backends.checkpoint import PACKED, Checkpoint, open_checkpoint
 from specguard.backends.memory import Demand, Place, this_machine
 from specguard.backends.tokenizer import FolderTokenizer
 from specguard.core.errors import SpecguardError, UsageError
@@ -131,7 +131,7 @@ _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 def _number_type(checkpoint: Checkpoint, dtype: str) -> str:
     """The weights' own type: vLLM's "auto" turns float32 into less."""
-    if dtype == "int4":
+    if dtype == PACKED:
         raise SpecguardError(
             "vLLM rounds no weights to 4 bits by itself",
             "choose a checkpoint that is quantised already (AWQ, GPTQ)",
