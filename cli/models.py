@@ -1,10 +1,13 @@
 """``specguard models``: list pairs and what fits here, show one, download some, choose one."""
 
 import json
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
+from filelock import FileLock, Timeout
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
@@ -206,6 +209,18 @@ def _default_weights() -> str:
     return backend.weights
 
 
+def _remove_partial_files(snapshot: Path) -> None:
+    """What killed downloads have left of a model that is whole now: nothing goes on from it.
+
+    A file is locked while it is being downloaded.
+    """
+    repo = snapshot.parents[1]
+    locks = repo.parent / ".locks" / repo.name
+    for file in (repo / "blobs").glob("*.incomplete"):
+        with suppress(Timeout, OSError), FileLock(locks / f"{file.name.split('.')[0]}.lock", 0):
+            file.unlink()
+
+
 def _download(source: str) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -226,6 +241,7 @@ def _download(source: str) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SpecguardError(
             f"{source} could not be downloaded: {reason}",
-            "check the network; started again, the download goes on where it stopped",
+            "check the network; started again, whole files are not downloaded again",
         ) from error
+    _remove_partial_files(Path(folder))
     click.echo(f"{source}: {folder}", err=True)

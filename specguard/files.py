@@ -1,14 +1,20 @@
 """Files that are whole or not there at all; their places are checked before the work for them."""
 
 import errno
+import glob
 import os
+import platform
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from specguard.core.errors import SpecguardError
 
 _NEW_FILE, _PERMISSIONS = 0o666, 0o777
+_PREFIX = f".specguard.{platform.node()}."  # of files that are not whole yet; a process id follows
 
 
 def check_output_file(path: Path) -> None:
@@ -80,7 +86,8 @@ def write_atomically(path: Path, content: bytes, *, make_folders: bool = False) 
         raise OSError(errno.EINVAL, "it is no regular file")
     if make_folders:
         path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=".specguard.")
+    _remove_left(path.parent)
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{_PREFIX}{os.getpid()}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
@@ -90,6 +97,15 @@ def write_atomically(path: Path, content: bytes, *, make_folders: bool = False) 
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
+
+
+def _remove_left(folder: Path) -> None:
+    """What processes of this machine that were killed have left."""
+    for partial in folder.glob(f"{glob.escape(_PREFIX)}*"):
+        pid = partial.name.removeprefix(_PREFIX).partition(".")[0]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            with suppress(OSError):
+                partial.unlink()
 
 
 def _followed(path: Path) -> Path:

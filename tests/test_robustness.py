@@ -90,6 +90,24 @@ def test_a_link_stays_and_its_file_is_written(tmp_path: Path) -> None:
     assert {entry.name for entry in tmp_path.iterdir()} == {"page.html", "link.html"}
 
 
+def test_what_a_killed_process_left_half_written_goes_with_the_next_file(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    code = f"""
+import os, signal
+from pathlib import Path
+os.fdopen = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+from specguard.files import write_atomically
+write_atomically(Path({str(page)!r}), b"half")
+"""
+    killed = subprocess.run([sys.executable, "-c", code])
+    assert killed.returncode == -9
+    (left,) = tmp_path.iterdir()
+    of_another = left.with_name(left.name.replace(f".{left.name.split('.')[-2]}.", ".1."))
+    of_another.touch()  # process 1 is always there
+    write_atomically(page, b"whole")
+    assert {entry.name for entry in tmp_path.iterdir()} == {page.name, of_another.name}
+
+
 def test_results_need_a_folder_to_be_made_in(tmp_path: Path) -> None:
     result = invoke("bench", "--output", tmp_path / "typing" / "eror", "--limit", 1)
     refused(result, "there is no folder")
