@@ -338,9 +338,9 @@ def method_options(command: F) -> F:
             click.option(
                 "--rewrite-from",
                 type=click.Choice(list(get_args(RewriteFrom))),
-                show_default="the pair's; doubt",
-                help="Where the target begins: at the token that it doubts most, or at the step's "
-                "start.",
+                show_default="the pair's; start",
+                help="Where the target begins: at the step's start, or at the token that it doubts "
+                "most.",
             ),
             click.option(
                 "--rewrite-temperature",

@@ -13,7 +13,8 @@ from tests.bigrams import bigram_engine
 from tests.scripted import Scripted
 from tests.test_loop import ANSWER, LOG_PROB, PROMPT, RIGHT, WRONG, run
 
-START = replace(LOG_PROB, rewrite_from="start")
+START = LOG_PROB
+DOUBT = replace(LOG_PROB, rewrite_from="doubt")
 
 
 def test_what_the_target_would_have_written_anyway_is_kept() -> None:
@@ -33,7 +34,7 @@ def test_what_the_target_would_have_written_anyway_is_kept() -> None:
     assert job.boundary.max_tokens == SolveConfig().max_step_tokens - 2
 
 
-@pytest.mark.parametrize("rewriting", [START, LOG_PROB])
+@pytest.mark.parametrize("rewriting", [START, DOUBT])
 def test_a_step_that_the_target_would_have_written_whole_is_not_written_again(
     rewriting: VerifierConfig,
 ) -> None:
@@ -107,7 +108,7 @@ def test_the_target_goes_on_from_the_token_that_it_doubts_most(
     monkeypatch.setenv("SPECGUARD_REFERENCE", is_reference)
     target = doubting()
     draft = Scripted("d", [WRONG, ANSWER])
-    solution = run(draft, target, rewrite_sampling=rewrite)
+    solution = run(draft, target, rewrite_sampling=rewrite, verifier=DOUBT)
     first = solution.steps[0]
     assert (first.text, first.decision, first.num_reused) == ("wrapped.\n\n", "rewritten", 2)
     assert first.draft_text == WRONG
@@ -120,12 +121,14 @@ def test_the_target_goes_on_from_the_token_that_it_doubts_most(
 def test_of_several_candidates_the_selected_one_is_kept_up_to_the_doubt() -> None:
     draft = Scripted("d", [["zzz 9.\n\n", WRONG], [ANSWER] * 2])
     target = doubting(default_logprob=-1.95)
-    solution = run(draft, target, num_candidates=2, selector="target")
+    solution = run(draft, target, num_candidates=2, selector="target", verifier=DOUBT)
     assert solution.steps[0].text == "wrapped.\n\n"
 
 
 def test_a_draft_that_verifies_has_the_target_write_from_the_start() -> None:
-    verifier = VerifierConfig("draft", {"log_prob": 1.0}, bounds={"log_prob": (-2.0, 0.0)})
+    verifier = VerifierConfig(
+        "draft", {"log_prob": 1.0}, bounds={"log_prob": (-2.0, 0.0)}, rewrite_from="doubt"
+    )
     draft = Scripted("d", [WRONG, ANSWER], {WRONG: -1.9})
     target = doubting()
     solution = run(draft, target, verifier=verifier)

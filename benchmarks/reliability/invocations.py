@@ -24,6 +24,7 @@ from specguard.cli.main import main as specguard
 
 _SECONDS = 300.0  # a command that lasts longer hangs
 _NAP = 0.1
+_GOOD_OF_TEN = 8  # values
 _ANSWERLESS = ("solve",)  # commands that may end with 3
 _HOMES = ("good", "broken", "file", "closed", "missing")
 
@@ -133,11 +134,14 @@ def invocations(draw: st.DrawFn, material: Material) -> Invocation:
     for option in draw(st.lists(st.sampled_from(params), max_size=3)) if params else ():
         arguments.append(draw(st.sampled_from([*option.opts, *option.secondary_opts])))
         if not (option.is_flag or option.count):
-            arguments.append(draw(_values_of(option)))
+            is_good = draw(st.integers(0, 9)) < _GOOD_OF_TEN
+            arguments.append(draw(_good_values_of(option) if is_good else _VALUES))
     for argument in every[name].params:
         if isinstance(argument, click.Argument):
             count = draw(st.sampled_from([*[1] * 8, 0, 2]))
-            arguments += [draw(_argument_of(name, argument)) for _ in range(count)]
+            for _ in range(count):
+                is_good = draw(st.integers(0, 9)) < _GOOD_OF_TEN
+                arguments.append(draw(_argument_of(name, argument) if is_good else _VALUES))
     if draw(st.integers(0, 19)) == 0:
         arguments.insert(draw(st.integers(0, len(arguments))), draw(_VALUES))
     files = st.lists(st.sampled_from(SPOILABLE), max_size=2, unique=True)
@@ -150,23 +154,23 @@ def invocations(draw: st.DrawFn, material: Material) -> Invocation:
     return Invocation(name, (*_bounded(name), *arguments), stdin, spoilt, home)
 
 
-def _values_of(option: click.Option) -> st.SearchStrategy[str]:
+def _good_values_of(option: click.Option) -> st.SearchStrategy[str]:
     good: list[str] = GOOD.get(str(option.name), ["1", "2"])
     if isinstance(option.type, click.Choice):
         good = list(map(str, option.type.choices))
     elif isinstance(option.type, click.types.FloatRange):
         good = ["0", "0.5", "1"]
-    return st.one_of(*[st.sampled_from(good)] * 4, _VALUES)
+    return st.sampled_from(good)
 
 
 def _argument_of(command: str, argument: click.Argument) -> st.SearchStrategy[str]:
     if command == "trace":
-        return st.one_of(st.just("solution.json"), st.sampled_from(PLACES))
+        return st.sampled_from(["solution.json", *PLACES])
     if command == "solve":
-        return st.one_of(*[st.just(PROBLEM)] * 4, _TEXTS)
+        return st.just(PROBLEM)
     if isinstance(argument.type, click.Choice):
-        return st.one_of(st.sampled_from(list(map(str, argument.type.choices))), _VALUES)
-    return st.one_of(st.sampled_from(["tiny", "qwen3", "mine", "owner/name"]), _VALUES)
+        return st.sampled_from(list(map(str, argument.type.choices)))
+    return st.sampled_from(["tiny", "qwen3", "mine", "owner/name"])
 
 
 def _spoilt(content: bytes) -> st.SearchStrategy[bytes]:

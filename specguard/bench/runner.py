@@ -20,7 +20,7 @@ from specguard.core.runner import Runner
 from specguard.journal import Journal
 
 FILE_NAME = "results.jsonl"
-CONFIG_VERSION = 1  # grows where equal settings come to mean something else
+CONFIG_VERSION = 2  # grows where equal settings come to mean something else
 _BATCHES_A_TURN = 4  # so that methods take turns, and batches are full most of the time
 _MOST_MATCHED = 64
 

@@ -97,7 +97,7 @@ class VerifierConfig:
     model: Author = "target"
     weights: Mapping[str, float] = field(default_factory=lambda: {"log_prob_sum": 1.0})
     threshold: float = 0.7
-    rewrite_from: RewriteFrom = "doubt"
+    rewrite_from: RewriteFrom = "start"
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     sources: Sources = "problem"
     num_layers: int = 3
