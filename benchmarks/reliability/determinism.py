@@ -55,7 +55,6 @@ CIRCUMSTANCES = {
     "two threads": Circumstance(environment={"OMP_NUM_THREADS": "2"}),
     "MLX": Circumstance(("--backend", "mlx")),
     "MLX drafts": Circumstance(("--draft-backend", "mlx")),
-    "the plain paths": Circumstance(environment={"SPECGUARD_REFERENCE": "1"}),
 }
 
 
