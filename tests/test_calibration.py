@@ -247,7 +247,7 @@ def test_labels_are_known_again_by_the_settings_that_differ_from_the_defaults(
     assert changes.pop("num_candidates") == 3
     # The pair's own draft cost, that the target does not select, and that no verifier is fitted.
     assert changes.keys() <= {"draft_cost", "selector", "verifier"}
-    assert changes["verifier"] == {"rewrite_from": "start", "weights": {}}
+    assert changes["verifier"] == {"weights": {}}
     refused = run(*CALIBRATE, "--k", "4")
     assert refused.exit_code == 1
     assert "is of another run: config was" in refused.stderr
