@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from benchmarks.served import ask, body, started, texts
+from benchmarks.served import DRAFT_COST, ask, body, started, texts
 from specguard import SpecguardError, load, solve_many
 from specguard.bench.tables import as_table, machine, machine_line
 from specguard.core import DraftCost
@@ -25,7 +25,6 @@ WAYS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
     ("served, streamed", True, {}),
     ("target alone, served", False, {"method": "target"}),
 )
-_DRAFT_COST = "0.5,0.05,3"  # so that all sides decide alike, whatever else the machine does
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,7 @@ def measure(problems: Sequence[str], clients: int, backend: str) -> list[LoadLin
     Raises:
         SpecguardError: a request failed, or an answer is another one than unserved.
     """
-    figures = map(float, _DRAFT_COST.split(","))
+    figures = map(float, DRAFT_COST.split(","))
     solver = load("tiny", backend=backend, draft_cost=DraftCost(*figures))
     list(solve_many(solver, problems[:clients], batch_size=clients))
     started_at = time.perf_counter()
@@ -82,7 +81,7 @@ def measure(problems: Sequence[str], clients: int, backend: str) -> list[LoadLin
     del solver
     count = len(problems)
     lines = [LoadLine("solve_many", clients, count / seconds, 1.0)]
-    arguments = ["--backend", backend, "--batch-size", str(clients), "--draft-cost", _DRAFT_COST]
+    arguments = ["--backend", backend, "--batch-size", str(clients), "--draft-cost", DRAFT_COST]
     with started(arguments) as server:
         for way, stream, own in WAYS:
             asyncio.run(drive(server.url, problems[:clients], clients, stream, **own))

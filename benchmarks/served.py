@@ -23,6 +23,8 @@ from specguard import SpecguardError
 from specguard.models.tiny import problems
 from specguard.models.tiny.grammar import check
 
+# For --draft-cost: so that all runs decide alike, whatever else the machine does.
+DRAFT_COST = "0.5,0.05,3"
 _LISTENING = re.compile(r"Listening at (\S+)/v1")
 
 

@@ -15,11 +15,10 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.served import Reply, Server, ask, body, started, texts
+from benchmarks.served import DRAFT_COST, Reply, Server, ask, body, started, texts
 from specguard import load, solve_many
 from specguard.core import DraftCost, Task
 
-_DRAFT_COST = "0.5,0.05,3"
 # What a request may ask for, as options of ours; the same as changes to the settings.
 KINDS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
     ({}, {}),
@@ -88,7 +87,7 @@ def calls(requests: int, num_problems: int, seed: int = 0) -> Iterator[Call]:
 
 def unserved(problems: Sequence[str], backend: str) -> dict[tuple[int, int], str]:
     """The text by problem and kind."""
-    figures = map(float, _DRAFT_COST.split(","))
+    figures = map(float, DRAFT_COST.split(","))
     solver = load("tiny", backend=backend, draft_cost=DraftCost(*figures))
     keys = [(number, kind) for number in range(len(problems)) for kind in range(len(KINDS))]
     tasks = [Task(problems[number], KINDS[kind][1]) for number, kind in keys]
@@ -175,7 +174,7 @@ def main(
     """Drive a server of the built-in pair for a while; exit 1 where something went wrong."""
     problems = texts(num_problems)
     wanted = unserved(problems, backend)
-    arguments = ["--backend", backend, "--draft-cost", _DRAFT_COST, "--queue", str(clients)]
+    arguments = ["--backend", backend, "--draft-cost", DRAFT_COST, "--queue", str(clients)]
     with started(arguments) as server:
         asked = calls(requests, num_problems)
         found = asyncio.run(soak(server, problems, wanted, asked, clients, 60 * minutes))

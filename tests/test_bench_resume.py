@@ -9,7 +9,7 @@ import pytest
 
 from specguard.bench.datasets import DataSet, Item
 from specguard.bench.methods import choose_methods
-from specguard.bench.runner import CONFIG_VERSION, FILE_NAME, Run
+from specguard.bench.runner import FILE_NAME, Run
 from specguard.core import (
     DraftCost,
     Sampling,
@@ -97,7 +97,7 @@ def test_other_settings_are_refused(changes: dict[str, Any], tmp_path: Path) -> 
 def test_rows_hold_what_differs_from_the_defaults_and_a_version(tmp_path: Path) -> None:
     run(tmp_path, BASE, ("target",))
     for row in read_lines(tmp_path / FILE_NAME)[1:]:
-        assert row["config"]["version"] == CONFIG_VERSION
+        assert row["config"]["version"] == 2
         assert row["config"]["settings"] == {
             "delimiter": " ",
             "max_step_tokens": 9,

@@ -350,9 +350,9 @@ def test_a_missing_gpu_is_said() -> None:
 
 
 def test_uncalibrated_pairs_are_marked(checkpoint: Path, draft_checkpoint: Path) -> None:
-    pair = ["--draft", str(draft_checkpoint), "--target", str(checkpoint), "--max-tokens", "20"]
+    pair = ["--draft", str(draft_checkpoint), "--target", str(checkpoint), "--max-tokens", "3"]
     result = invoke("solve", "Mia has 3 shells.", *pair)
-    assert result.exit_code in (0, 3)  # whether random weights come to an end is nobody's promise
+    assert result.exit_code == 3
     command = (
         f"specguard calibrate NAME --data FILE --draft {draft_checkpoint} --target {checkpoint}"
     )

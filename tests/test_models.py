@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 
 import specguard
 from specguard.backends import memory
@@ -205,6 +206,25 @@ def test_several_models_are_pulled_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert pulled == ["a/b", "c/d"]
     assert invoke("models", "pull", "qwen3", "llama3", "--weights", "mlx").exit_code == 0
     assert pulled[2:] == [*PAIRS["qwen3"].sources("mlx"), *PAIRS["llama3"].sources("mlx")]
+
+
+def test_what_killed_downloads_left_goes_once_the_model_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = tmp_path / "models--a--b"
+    snapshot, blobs, locks = (
+        repo / "snapshots" / "c",
+        repo / "blobs",
+        tmp_path / ".locks" / repo.name,
+    )
+    for folder in snapshot, blobs, locks:
+        folder.mkdir(parents=True)
+    for name in "whole", "left.1a.incomplete", "left.2b.incomplete", "under-way.3c.incomplete":
+        (blobs / name).touch()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+    with FileLock(locks / "under-way.lock"):
+        assert invoke("models", "pull", "a/b").exit_code == 0
+    assert {file.name for file in blobs.iterdir()} == {"whole", "under-way.3c.incomplete"}
 
 
 def test_any_pair_is_asked_for_steps_and_a_box(checkpoint: Path, draft_checkpoint: Path) -> None:

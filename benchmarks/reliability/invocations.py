@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from benchmarks.reliability.material import PLACES, PROBLEM, SPOILABLE, Material
 from benchmarks.reliability.processes import Command, Ended
+from benchmarks.served import DRAFT_COST
 from specguard.cli.main import main as specguard
 
 _SECONDS = 300.0  # a command that lasts longer hangs
@@ -40,26 +41,9 @@ _TEXTS = st.one_of(
         (
             *(PROBLEM, "", " ", "-5 + 3", "--", "\n\n", "What is 17*23?", "\udcff", "🐚" * 50),
             *("x" * 20_000, PROBLEM * 40, "<script>alert(1)</script>", "%s%n", "../../etc/passwd"),
-            *(
-                "tiny",
-                "qwen3",
-                "mine",
-                "none",
-                "auto",
-                "paper",
-                "problem=problem",
-                "a=b",
-                "{{ 7*7 }}",
-            ),
-            *(
-                "target,draft",
-                "specguard@2,sd",
-                "specguard@=target",
-                "k=",
-                "=",
-                "block_size=32",
-                "bash",
-            ),
+            *("tiny", "qwen3", "mine", "none", "auto", "paper", "problem=problem", "a=b", "bash"),
+            *("target,draft", "specguard@2,sd", "specguard@=target", "k=", "=", "block_size=32"),
+            "{{ 7*7 }}",
         )
     ),
     st.text(st.characters(exclude_characters="\0"), max_size=30),
@@ -83,7 +67,7 @@ GOOD = {
     "shard": ["1/2", "3/3"],
     "methods": ["target,draft", "specguard@2,sd", "specguard@=target", "rsd", "paper"],
     "reward": ["draft", "target"],
-    "draft_cost": ["0.4", "0.5,0.05,3", "measure"],
+    "draft_cost": ["0.4", DRAFT_COST, "measure"],
     "delimiter": ["\n", ".", "\n\n"],
     "system_prompt": ["", "Think."],
     "api_key_file": ["keys"],
@@ -134,14 +118,11 @@ def invocations(draw: st.DrawFn, material: Material) -> Invocation:
     for option in draw(st.lists(st.sampled_from(params), max_size=3)) if params else ():
         arguments.append(draw(st.sampled_from([*option.opts, *option.secondary_opts])))
         if not (option.is_flag or option.count):
-            is_good = draw(st.integers(0, 9)) < _GOOD_OF_TEN
-            arguments.append(draw(_good_values_of(option) if is_good else _VALUES))
+            arguments.append(draw(_mostly(_good_values_of(option))))
     for argument in every[name].params:
         if isinstance(argument, click.Argument):
             count = draw(st.sampled_from([*[1] * 8, 0, 2]))
-            for _ in range(count):
-                is_good = draw(st.integers(0, 9)) < _GOOD_OF_TEN
-                arguments.append(draw(_argument_of(name, argument) if is_good else _VALUES))
+            arguments += [draw(_mostly(_argument_of(name, argument))) for _ in range(count)]
     if draw(st.integers(0, 19)) == 0:
         arguments.insert(draw(st.integers(0, len(arguments))), draw(_VALUES))
     files = st.lists(st.sampled_from(SPOILABLE), max_size=2, unique=True)
@@ -152,6 +133,11 @@ def invocations(draw: st.DrawFn, material: Material) -> Invocation:
     stdin = draw(st.sampled_from([b"", PROBLEM.encode(), b"\0", b"\xff\xfe", b"x" * 100_000]))
     home = draw(st.sampled_from([*["good"] * 8, *_HOMES]))
     return Invocation(name, (*_bounded(name), *arguments), stdin, spoilt, home)
+
+
+def _mostly(good: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    """These, and now and then anything."""
+    return st.integers(0, 9).flatmap(lambda drawn: good if drawn < _GOOD_OF_TEN else _VALUES)
 
 
 def _good_values_of(option: click.Option) -> st.SearchStrategy[str]:
@@ -207,7 +193,7 @@ def _bounded(command: str) -> tuple[str, ...]:
         return "--count", "1", "--k", "1"
     if command == "serve":
         return "--port", "0"
-    return ("--draft-cost", "0.5,0.05,3") if command in ("solve", "chat") else ()
+    return ("--draft-cost", DRAFT_COST) if command in ("solve", "chat") else ()
 
 
 @dataclass(slots=True)

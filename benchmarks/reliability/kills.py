@@ -14,7 +14,6 @@ import signal
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,11 @@ import numpy as np
 
 from benchmarks.reliability.hub import REPOS, hub
 from benchmarks.reliability.processes import Command, Ended
+from benchmarks.served import DRAFT_COST, texts
 from specguard import SpecguardError
-from specguard.models.tiny import problems
-from specguard.models.tiny.grammar import check
 
 _SECONDS = 300.0
 _ORPHANS = 10.0  # seconds that processes without their parent may take to notice
-_COST = "0.5,0.05,3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +80,16 @@ def _downloaded(place: Path) -> dict[str, str]:
     return found
 
 
-def scenarios(texts: Path) -> dict[str, Scenario]:
-    """The commands that are killed; ``texts`` is a file of problems."""
+def scenarios(file: Path) -> dict[str, Scenario]:
+    """The commands that are killed; ``file`` has a problem a line."""
     solve = [
         "solve",
         "--problems",
-        str(texts),
+        str(file),
         "--batch-size",
         "3",
         "--draft-cost",
-        _COST,
+        DRAFT_COST,
         "--output",
     ]
     bench = ["bench", "--dataset", "tiny", "--limit", "4", "--methods", "target,sd", "--output"]
@@ -229,18 +226,6 @@ class Trial:
             shutil.rmtree(path)
 
 
-def _write_problems(file: Path, number: int) -> None:
-    def is_fit(text: str) -> bool:
-        try:
-            check(text)
-        except SpecguardError:
-            return False
-        return True
-
-    texts = (problem.text for problem in problems.stream(problems.HELD_OUT))
-    file.write_text("\n".join(islice(filter(is_fit, texts), number)))
-
-
 @click.command(context_settings={"show_default": True})
 @click.option("--kills", type=click.IntRange(min=1), default=300, help="Of each command.")
 @click.option("--seed", type=int, default=0)
@@ -250,7 +235,7 @@ def main(kills: int, seed: int, names: tuple[str, ...]) -> None:
     is_fine = True
     with tempfile.TemporaryDirectory() as kept, hub() as address:
         folder = Path(kept)
-        _write_problems(folder / "problems.txt", 12)
+        (folder / "problems.txt").write_text("\n".join(texts(12)))
         # The library that downloads reads these as it is imported.
         os.environ.update(
             HF_ENDPOINT=address, HF_HUB_CACHE=str(folder / "place" / "hub"), HF_HUB_OFFLINE="0"

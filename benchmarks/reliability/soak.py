@@ -18,11 +18,10 @@ import click
 import numpy as np
 import psutil
 
-from benchmarks.served import texts
+from benchmarks.served import DRAFT_COST, texts
 from specguard import load, solve_many
 from specguard.core import DraftCost, Solution, Solver, SpecguardError, Task, solve_many_async
 
-_COST = DraftCost(0.5, 0.05, 3.0)
 KINDS: tuple[dict[str, Any], ...] = (
     {},
     {"method": "target"},
@@ -128,7 +127,8 @@ async def _cancelled(
 @click.option("--seed", type=int, default=0)
 def main(backend: str, number: int, batch_size: int, num_problems: int, seed: int) -> None:
     """Solve thousands of problems of the built-in pair; exit 1 where something went wrong."""
-    solver, problems = load("tiny", backend=backend, draft_cost=_COST), texts(num_problems)
+    cost = DraftCost(*map(float, DRAFT_COST.split(",")))
+    solver, problems = load("tiny", backend=backend, draft_cost=cost), texts(num_problems)
     wanted = alone(solver, problems)
     found = asyncio.run(soak(solver, problems, wanted, number, batch_size, seed))
     counts = ", ".join(f"{many} {name}" for name, many in sorted(found.outcomes.items()))
