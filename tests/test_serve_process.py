@@ -21,6 +21,8 @@ import pytest
 from click.testing import CliRunner
 
 from specguard.cli.main import main
+from specguard.serve.limits import Limits
+from specguard.serve.server import Address, serve
 from tests.serving import PROBLEM, tiny
 
 pytestmark = pytest.mark.slow
@@ -213,6 +215,27 @@ def test_what_runs_is_finished_before_the_server_ends() -> None:
         assert "data: [DONE]" in read_all(opened)
         assert server.process.wait(60) == 0
         opened.close()
+
+
+def test_a_server_told_to_stop_as_soon_as_it_listens_stops() -> None:
+    was_late = threading.Event()
+
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def stop_late() -> None:
+        was_late.set()
+        stop()
+
+    watchdog = threading.Timer(30, stop_late)
+    watchdog.start()
+    address = Address("127.0.0.1", 0)
+    try:
+        with address.bind() as bound:
+            serve(tiny(), "m", address, bound, Limits(), begun=lambda url: stop())
+    finally:
+        watchdog.cancel()
+    assert not was_late.is_set()
 
 
 def test_what_takes_too_long_is_told_so_when_the_server_ends() -> None:

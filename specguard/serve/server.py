@@ -149,7 +149,7 @@ def serve(
         SpecguardError: the address cannot be had.
     """
     metrics = Metrics()
-    with Worker(solver, limits, metrics) as worker, _patiently():
+    with Worker(solver, limits, metrics) as worker:
         service = Service(solver, worker, limits, name, check, is_forced, logs_prompts)
         app = guarded(
             service, metrics, keys=address.keys, hosts=address.hosts, origins=address.origins
@@ -162,20 +162,30 @@ def serve(
             lifespan="off",
             timeout_graceful_shutdown=round(limits.drain_seconds),
         )
-        url = address.listen(bound)
-        if begun is not None:
-            begun(url)
-        asyncio.run(uvicorn.Server(config).serve(sockets=[bound]))
+        server = uvicorn.Server(config)
+        with _stopped_by_signals(server):
+            url = address.listen(bound)
+            if begun is not None:
+                begun(url)
+            asyncio.run(server.serve(sockets=[bound]))
 
 
 @contextmanager
-def _patiently() -> Iterator[None]:
-    """Signals end the server, and not the process around it: it has an exit code of its own."""
+def _stopped_by_signals(server: uvicorn.Server) -> Iterator[None]:
+    """Signals end the server, and not the process around it: it has an exit code of its own.
+
+    The server's own handlers are there from its start to its end; these take what comes before,
+    when others know already that it listens, and what it raises again afterwards.
+    """
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
     is_main = threading.current_thread() is threading.main_thread()
     before = {}
     if is_main:
         for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, lambda *_: None)
+            before[number] = signal.signal(number, stop)
     try:
         yield
     finally:
