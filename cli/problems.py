@@ -14,7 +14,7 @@ from click.exceptions import Exit
 from specguard import UsageError
 from specguard.cli.options import ModelOptions
 from specguard.cli.output import Reporter, progress_bar
-from specguard.cli.values import COUNT, Part
+from specguard.cli.values import COUNT, Number, Part
 from specguard.core import Finished, Solver, SpecguardError
 from specguard.files import check_output_folder
 from specguard.loading import Choice
@@ -43,6 +43,7 @@ class ManyOptions:
     shard: tuple[int, int] | None
     batch_size: int | None
     memory_budget: int | None
+    time_limit: float | None
 
     def refuse_without_problems(self) -> None:
         """Options of many problems mean nothing for one.
@@ -92,6 +93,12 @@ def many_options(command: F) -> F:
                 metavar="MIB",
                 help="Most memory for their keys and values; problems wait until there is room.",
             ),
+            click.option(
+                "--time-limit",
+                type=Number(0, min_open=True),
+                metavar="SECONDS",
+                help="Most time of a problem; one that takes longer has failed.",
+            ),
         )
     ):
         wrapped = option(wrapped)
@@ -120,7 +127,10 @@ def solve_file(
     shard = Shard(*options.shard) if options.shard else Shard()
     if not shard.of(problems):
         raise UsageError(f"the shard is empty: there are {len(problems)} problems")
-    many: dict[str, Any] = {"batch_size": options.batch_size or 8}
+    many: dict[str, Any] = {
+        "batch_size": options.batch_size or 8,
+        "time_limit": options.time_limit,
+    }
     if options.memory_budget is not None:
         many["memory_budget"] = options.memory_budget * 2**20
     own = shard.of(problems)

@@ -23,6 +23,7 @@ from specguard.core.engine import (
     ScoreJob,
     Tokenizer,
 )
+from specguard.core.engine_checks import check_candidates, check_observations
 from specguard.core.grounding import source_mask
 from specguard.core.progress import Announcer, Observer
 from specguard.core.randomness import Purpose, job_seed, uniforms
@@ -181,7 +182,10 @@ class ProblemContext:
         """Hand a job on; the target reads what it does not know of the text on the way."""
         if author == "target":
             self._saw(len(job.prefix))
-        return await self.engines[author].generate(job)
+        engine = self.engines[author]
+        candidates = await engine.generate(job)
+        check_candidates(engine.name, job, candidates)
+        return candidates
 
     async def score(
         self,
@@ -203,7 +207,10 @@ class ProblemContext:
             distributions=distributions,
             choices=choices,
         )
-        return await self.engines[author].score(job)
+        engine = self.engines[author]
+        observations = await engine.score(job)
+        check_observations(engine.name, job, observations)
+        return observations
 
     def knows(self, author: Author) -> None:
         """A model has read or written all of the text."""

@@ -47,6 +47,7 @@ def solve_many(
     *,
     batch_size: int = 8,
     memory_budget: int | None = None,
+    time_limit: float | None = None,
     **changes: Any,
 ) -> Generator[Finished]:
     """Solve problems side by side; each one's outcome is yielded as soon as it is there.
@@ -60,14 +61,22 @@ def solve_many(
         batch_size: most problems at a time.
         memory_budget: bytes that keys and values may take at most; problems wait until there is
             room for the longest solution that their settings allow. None sets no limit.
+        time_limit: seconds that a problem may take from when its turn has come; an error is the
+            outcome of one that takes longer, whatever it waits for. None sets no limit.
         changes: to the solver's settings, for all of them.
 
     Raises:
-        UsageError: a batch size below 1, no list of texts, or a setting that `SolveConfig` refuses.
+        UsageError: a batch size below 1, a time limit that is none, no list of texts, or a setting
+            that `SolveConfig` refuses.
     """
     return drain(
         solve_many_async(
-            solver, problems, batch_size=batch_size, memory_budget=memory_budget, **changes
+            solver,
+            problems,
+            batch_size=batch_size,
+            memory_budget=memory_budget,
+            time_limit=time_limit,
+            **changes,
         )
     )
 
@@ -78,11 +87,14 @@ def solve_many_async(
     *,
     batch_size: int = 8,
     memory_budget: int | None = None,
+    time_limit: float | None = None,
     **changes: Any,
 ) -> AsyncGenerator[Finished]:
     """`solve_many` in an event loop."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, not {batch_size!r}")
+    if time_limit is not None and not 0 < time_limit < float("inf"):
+        raise UsageError(f"time_limit must be a positive number of seconds, not {time_limit}")
     if not isinstance(solver, Solver):
         raise UsageError(f"a solver is needed, not {type(solver).__name__}", "specguard.load()")
     if isinstance(problems, str):
@@ -96,11 +108,15 @@ def solve_many_async(
         else Task(task, changes)
         for task in problems
     )
-    return _solve(solver, enumerate(tasks), batch_size, memory_budget)
+    return _solve(solver, enumerate(tasks), batch_size, memory_budget, time_limit)
 
 
 async def _solve(
-    solver: Solver, tasks: Iterator[tuple[int, Task]], batch_size: int, budget: int | None
+    solver: Solver,
+    tasks: Iterator[tuple[int, Task]],
+    batch_size: int,
+    budget: int | None,
+    time_limit: float | None,
 ) -> AsyncGenerator[Finished]:
     running: dict[asyncio.Task[Finished], int] = {}  # and the bytes that each may take
     waiting = next(tasks, None)
@@ -116,7 +132,7 @@ async def _solve(
                     continue
                 if budget is not None and running and sum(running.values()) + num_bytes > budget:
                     break
-                outcome = _outcome(solver, index, task, shares_passes=batch_size > 1)
+                outcome = _outcome(solver, index, task, time_limit, shares_passes=batch_size > 1)
                 running[asyncio.create_task(outcome)] = num_bytes
                 waiting = next(tasks, None)
             if running:
@@ -131,12 +147,20 @@ async def _solve(
         await asyncio.gather(*running, return_exceptions=True)
 
 
-async def _outcome(solver: Solver, index: int, task: Task, shares_passes: bool) -> Finished:
+async def _outcome(
+    solver: Solver, index: int, task: Task, time_limit: float | None, shares_passes: bool
+) -> Finished:
     try:
-        solution = await solver.solve_async(
-            task.problem, shares_passes=shares_passes, **task.changes
-        )
+        async with asyncio.timeout(time_limit) as limit:
+            solution = await solver.solve_async(
+                task.problem, shares_passes=shares_passes, **task.changes
+            )
         return Finished(index, solution)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        message = f"no solution within {time_limit:g} s"
+        return Finished(index, error=SpecguardError(message, "allow more time, or fewer tokens"))
     except SpecguardError as error:
         return Finished(index, error=error.with_traceback(None))  # it holds what was in hand
 
