@@ -89,4 +89,4 @@ def test_no_word_of_how_many_steps_were_accepted() -> None:
     result = invoke("solve", SHELLS, *pair, "--no-fallback")
     assert "accepted 4 of 4 drafted steps" in result.stderr
     stats = json.loads(invoke("solve", SHELLS, *pair, "--no-fallback", "--json").stdout)["stats"]
-    assert stats["num_accepted_steps"] == stats["num_verified_steps"] == 4
+    assert stats["num_accepted_steps"] == stats["num_steps"] == 4
