@@ -218,6 +218,24 @@ def test_a_run_compares_terms_and_time() -> None:
     )
 
 
+def test_several_candidates_are_compared_to_a_single_row_all_the_same() -> None:
+    measured = SpeedRun(Solver(ReferenceEngine(0), ReferenceEngine(1), SHORT), [2])
+    measured.add("a b")
+    speed = measured.report([0.5])
+    assert [outcome.num_candidates for outcome in speed.outcomes] == [2]
+    assert speed.target_ratio > 0
+    for role in "draft", "target":
+        assert f"| {role} | decode | 1 | 1 |" in rates_table(speed)
+
+
+def test_a_clock_that_stands_still_measures_nothing() -> None:
+    engines = ReferenceEngine(0), ReferenceEngine(1)
+    measured = SpeedRun(Solver(*engines, SHORT), [1], clock=lambda: 0.0)
+    measured.add("a b")
+    with pytest.raises(SpecguardError, match="took no time that could be told"):
+        measured.report([0.5])
+
+
 def test_a_draft_that_verifies_is_refused() -> None:
     config = replace(SHORT, verifier=SHORT.verifier.asking("draft"), selector="draft")
     with pytest.raises(UsageError, match="target that verifies"):

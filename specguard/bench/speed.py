@@ -141,12 +141,17 @@ class SpeedRun:
         """Medians over the problems so far.
 
         Raises:
-            SpecguardError: there are none.
+            SpecguardError: there are none, or the clock or the machine was too coarse for them.
         """
         if not self._timings:
             raise SpecguardError("nothing was measured")
         keys = [key for key in self._timings[0] if key[1] != "verify"]
         decode: Key = ("target", "decode", 1)
+        if not all(found.seconds(decode) > 0 for found in self._timings):
+            raise SpecguardError(
+                "a decode step of the target took no time that could be told",
+                "measure with nothing beside it, and with longer steps",
+            )
         return Speed(
             rates=tuple(
                 Rate(

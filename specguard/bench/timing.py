@@ -5,6 +5,7 @@ Knows no backend and nothing of the step loop: the walk goes along the target's 
 
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import replace
 from statistics import fmean, median
 from typing import TypeVar
 
@@ -95,18 +96,23 @@ async def walk(
         drafting.before_timing, judging.before_timing = judging.read_a_little, drafting.draw
         # A few steps over the whole length: the time grows with the context.
         decoding = {num_steps * part // 4 for part in (1, 2, 3)}
+        decoded = {
+            1: replace(config, num_candidates=1),
+            **configs,
+        }  # one row is what both compare to
         for index in range(num_steps):
             cap = min(config.max_step_tokens, *(side.room for side in sides))
             boundary = Boundary(config.delimiter, target.tokenizer.eos_ids, cap)
             for count, settings in configs.items():
-                sampling = settings.step_sampling
-                candidates = await drafting.generate(count, sampling, boundary)
+                candidates = await drafting.generate(count, settings.step_sampling, boundary)
                 for side in sides:
                     await side.time_score(candidates)
                 await judging.time_verify(candidates, settings)
-                if index in decoding and cap > 1:
-                    longest = max(len(candidate.token_ids) for candidate in candidates)
-                    num_tokens = min(cap, max(2, longest))
+            if index in decoding and cap > 1:
+                longest = max(len(candidate.token_ids) for candidate in candidates)
+                num_tokens = min(cap, max(2, longest))
+                for count, settings in decoded.items():
+                    sampling = settings.step_sampling
                     await drafting.time_decode(count, sampling, num_tokens)
                     rewriting = sampling if count > 1 else GREEDY
                     await judging.time_decode(count, rewriting, num_tokens, takes_turns=False)
