@@ -106,8 +106,15 @@ def distance(row: Mapping[str, Any], other: Mapping[str, Any]) -> float:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--problems", "number", type=click.IntRange(min=1), default=40)
-@click.option("--circumstance", "names", multiple=True, default=tuple(CIRCUMSTANCES))
-def main(number: int, names: tuple[str, ...]) -> None:
+@click.option(
+    "--circumstance",
+    "names",
+    multiple=True,
+    type=click.Choice(list(CIRCUMSTANCES)),
+    default=tuple(CIRCUMSTANCES),
+)
+@click.option("--setting", "wanted", multiple=True, type=click.Choice(list(SETTINGS)))
+def main(number: int, names: tuple[str, ...], wanted: tuple[str, ...]) -> None:
     """Compare; exit 1 where a text or a decision is another."""
     problems = list(dict.fromkeys(texts(number)))
     differing = 0
@@ -116,7 +123,8 @@ def main(number: int, names: tuple[str, ...]) -> None:
     )
     click.echo("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as kept:
-        for told, options in SETTINGS.items():
+        for told in wanted or SETTINGS:
+            options = SETTINGS[told]
             first = solutions(problems, options, Circumstance(), Path(kept))
             for name in names:
                 there = solutions(problems, options, CIRCUMSTANCES[name], Path(kept))

@@ -315,7 +315,13 @@ def _told(invocation: Invocation, wrong: str, ended: Ended) -> Iterator[str]:
 @click.command(context_settings={"show_default": True})
 @click.option("--number", type=click.IntRange(min=1), default=10_000)
 @click.option("--seed", "first_seed", type=int, default=0)
-@click.option("--command", "names", multiple=True, help="These alone.")
+@click.option(
+    "--command",
+    "names",
+    multiple=True,
+    type=click.Choice(sorted(commands())),
+    help="These alone.",
+)
 def main(number: int, first_seed: int, names: tuple[str, ...]) -> None:
     """Try generated command lines; exit 1 where one ends as none should."""
     tally = run(number, first_seed, list(names))

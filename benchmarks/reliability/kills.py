@@ -229,7 +229,13 @@ class Trial:
 @click.command(context_settings={"show_default": True})
 @click.option("--kills", type=click.IntRange(min=1), default=300, help="Of each command.")
 @click.option("--seed", type=int, default=0)
-@click.option("--only", "names", multiple=True, help="These commands alone.")
+@click.option(
+    "--only",
+    "names",
+    multiple=True,
+    type=click.Choice(list(scenarios(Path()))),
+    help="These commands alone.",
+)
 def main(kills: int, seed: int, names: tuple[str, ...]) -> None:
     """Kill commands at random moments; exit 1 where anything is lost, repeated or left behind."""
     is_fine = True

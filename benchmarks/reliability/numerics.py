@@ -166,7 +166,7 @@ def frameworks(backends: tuple[str, ...]) -> dict[str, Callable[[FloatArray], An
 @click.option("--cases", type=click.IntRange(min=1), default=1000)
 @click.option("--context", type=click.IntRange(min=2), default=8192, help="Tokens of the long one.")
 @click.option("--seed", type=int, default=0)
-@click.option("--backend", "backends", multiple=True, default=BACKENDS)
+@click.option("--backend", "backends", multiple=True, type=click.Choice(BACKENDS), default=BACKENDS)
 def main(cases: int, context: int, seed: int, backends: tuple[str, ...]) -> None:
     """Print the largest differences of each backend from float64."""
     with tempfile.TemporaryDirectory() as kept:
