@@ -15,7 +15,6 @@ from specguard.core.config import (
     PRESETS,
     TARGET_SELECTOR,
     Method,
-    RewriteFrom,
     ensemble_weights,
 )
 from specguard.core.engine import Sampling
@@ -37,7 +36,6 @@ LIMITED = {
     "verifier": ("--verifier", _SPECGUARD),
     "sources": ("--sources", _SPECGUARD),
     "selector": ("--selector", _STEPWISE),
-    "rewrite_from": ("--rewrite-from", _SPECGUARD),
     "rewrite_temperature": ("--rewrite-temperature", _STEPWISE),
     "num_speculated": ("--speculate", ("sd", *_STEPWISE)),
     "reward": ("--reward", ("rsd",)),
@@ -336,13 +334,6 @@ def method_options(command: F) -> F:
                 show_default="the pair's; target",
             ),
             click.option(
-                "--rewrite-from",
-                type=click.Choice(list(get_args(RewriteFrom))),
-                show_default="the pair's; start",
-                help="Where the target begins: at the step's start, or at the token that it doubts "
-                "most.",
-            ),
-            click.option(
                 "--rewrite-temperature",
                 type=Number(0),
                 show_default="0: greedy",
@@ -487,7 +478,6 @@ def _verifier(given: Mapping[str, Any]) -> dict[str, Any]:
         ("threshold", "threshold"),
         ("verifier", "model"),
         ("sources", "sources"),
-        ("rewrite_from", "rewrite_from"),
     ):
         if name in given:
             changes[field] = given[name]

@@ -105,9 +105,7 @@ def _tiny() -> ModelPair:
         reward=str(_HERE / "tiny" / "reward"),
         # Chosen on calibration problems, see models/tiny/README.md; more candidates are no more
         # accurate here, and slower on a CPU.
-        verifier=VerifierConfig(
-            weights=ensemble_weights(1.0), bounds={"log_prob": (-2.0, 0.0)}, rewrite_from="start"
-        ),
+        verifier=VerifierConfig(weights=ensemble_weights(1.0), bounds={"log_prob": (-2.0, 0.0)}),
         check=_check_language,
     )
 

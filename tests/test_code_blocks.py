@@ -19,9 +19,7 @@ from tests.scripted import EOS, Scripted
 
 INTRO, CODE, END = "Like this:\n\n", "```python\na = 1\n\nb = 2\n\n\nc = 3\n```\n\n", "Done.$"
 TEXT = INTRO + CODE + "Done."
-LOG_PROB = VerifierConfig(
-    weights={"log_prob": 1.0}, bounds={"log_prob": (-2.0, 0.0)}, rewrite_from="start"
-)
+LOG_PROB = VerifierConfig(weights={"log_prob": 1.0}, bounds={"log_prob": (-2.0, 0.0)})
 
 
 def reciting(name: str, text: str = INTRO + CODE + END, **more: object) -> Scripted:

@@ -105,9 +105,7 @@ def test_phases_and_tokens_are_heard_as_they_come(lump: int) -> None:
 
 @pytest.mark.parametrize("lump", [0, 3])
 def test_what_a_rewrite_keeps_comes_first(lump: int) -> None:
-    verifier = VerifierConfig(
-        weights={"log_prob": 1.0}, bounds={"log_prob": (-2.0, 0.0)}, rewrite_from="start"
-    )
+    verifier = VerifierConfig(weights={"log_prob": 1.0}, bounds={"log_prob": (-2.0, 0.0)})
     solution, events = heard(solver(lump, first_choices=2, verifier=verifier).solve)
     rewritten = solution.steps[1]
     assert rewritten.num_reused == 2

@@ -12,9 +12,7 @@ from tests.scripted import Scripted
 from tests.serving import PROBLEM, Served, chunks_of, refusal_of, serving, text_of, tiny
 
 GOOD, BAD, ANSWER = "Good.\n\n", "Bad.\n\n", "So \\boxed{7}."
-LOG_PROB = VerifierConfig(
-    weights={"log_prob": 1.0}, bounds={"log_prob": (-2.0, 0.0)}, rewrite_from="start"
-)
+LOG_PROB = VerifierConfig(weights={"log_prob": 1.0}, bounds={"log_prob": (-2.0, 0.0)})
 
 
 def scripted(*steps: str, **settings: Any) -> Solver:

@@ -23,7 +23,6 @@ def solution(detail: bool = True, written: str = RIGHT, **settings: Any) -> Solu
         weights={"log_prob": 0.5, "grounding": 0.5},
         bounds={"log_prob": (-2.0, 0.0)},
         threshold=0.6,
-        rewrite_from="start",
     )
     draft = Scripted("d", [[WRONG, WRONG, RIGHT], [ANSWER] * 3])
     target = Scripted("t", [written], logprobs={WRONG: -1.9})
@@ -49,9 +48,7 @@ def test_the_page_shows_who_wrote_a_step_and_why() -> None:
 
 
 def test_the_page_says_what_was_and_no_more() -> None:
-    alone = VerifierConfig(
-        weights={"log_prob": 1.0}, bounds={"log_prob": (-2.0, 0.0)}, rewrite_from="start"
-    )
+    alone = VerifierConfig(weights={"log_prob": 1.0}, bounds={"log_prob": (-2.0, 0.0)})
     page = body(solution(written=WRONG, verifier=alone))
     assert "rejected draft, target wrote the same" in page
     assert "The draft's step, rejected" not in page

@@ -178,13 +178,6 @@ def test_bounds_are_those_of_one_model() -> None:
     assert fitted.asking("target") is fitted
 
 
-def test_the_target_doubts_its_least_probable_token_unless_it_is_its_own() -> None:
-    logprobs = np.array([-1.0, -9.0, -3.0, -2.0])
-    assert Observation(logprobs, np.array([0, 1, 0, 0], bool)).doubt == 2
-    assert Observation(logprobs, np.array([0, 0, 0, 0], bool)).doubt == 1
-    assert Observation(logprobs, np.full(4, True)).doubt == 4
-
-
 def test_leading_choices_end_with_the_first_that_differs() -> None:
     for choices, count in ([1, 1, 0, 1], 2), ([0, 1, 1, 1], 0), ([1, 1, 1, 1], 4):
         seen = Observation(np.zeros(4), np.array(choices, dtype=bool))

@@ -149,8 +149,8 @@ def frontier(rows: Sequence[Record], draft_cost: float) -> list[str]:
     """What thresholds on the sum let pass of greedy steps, and the time that it would take.
 
     The time is a share of the target's own: drafting at ``draft_cost`` of the target's time a
-    token, a reading pass of 1 + 0.045 n decode steps, and the target's tokens behind its doubt or
-    behind its leading choices.
+    token, a reading pass of 1 + 0.045 n decode steps, and the target's tokens behind its leading
+    choices.
     """
     rows = [row for row in rows if row["kind"] == "greedy"]
     is_right = np.array([row["right"] for row in rows], bool)
@@ -158,25 +158,18 @@ def frontier(rows: Sequence[Record], draft_cost: float) -> list[str]:
     logprobs = [np.array(row["target"]["lp"]) for row in rows]
     others = [~np.array(row["target"]["first"]) for row in rows]
     leading = np.array([np.append(other, True).argmax() for other in others])
-    doubts = np.array(
-        [
-            np.where(other, values, np.inf).argmin() if other.any() else len(values)
-            for values, other in zip(logprobs, others, strict=True)
-        ]
-    )
     totals = np.array([values.sum() for values in logprobs])
     lines = [
-        "| sum from | right ones that pass | wrong ones | wrong steps in all | "
-        "time, from the doubt on | time, from the first other choice on |",
-        "|---" * 6 + "|",
+        "| sum from | right ones that pass | wrong ones | wrong steps in all | time |",
+        "|---" * 5 + "|",
     ]
     fixed = draft_cost * lengths.sum() + (1 + 0.045 * lengths).sum()
     for bound in (-2, -3, -4, -6, -8, -9, -10, -12, -15, -20):
         passes = totals >= bound
-        kept = [np.where(passes, lengths, places) for places in (doubts, leading)]
-        times = [(fixed + (lengths - each).sum()) / lengths.sum() for each in kept]
+        kept = np.where(passes, lengths, leading)
+        time = (fixed + (lengths - kept).sum()) / lengths.sum()
         shares = passes[is_right].mean(), passes[~is_right].mean(), (passes & ~is_right).mean()
-        cells = [f"{value:.3f}" for value in (*shares, *times)]
+        cells = [f"{value:.3f}" for value in (*shares, time)]
         lines.append("| " + " | ".join([str(bound), *cells]) + " |")
     return lines
 

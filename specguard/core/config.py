@@ -13,7 +13,6 @@ from specguard.core.fallback import DraftCost
 Method = Literal["specguard", "rsd", "target", "draft", "sd"]
 Author = Literal["draft", "target"]
 Sources = Literal["problem", "context"]
-RewriteFrom = Literal["start", "doubt"]
 
 # Signals that a verifier can weigh. Bounds are (value that scores 0, value that scores 1), so an
 # entropy's run downwards. They hold for a pair without fitted bounds and are meant to err towards
@@ -62,7 +61,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "weights": ensemble_weights(0.3),
             "threshold": 0.7,
             "sources": "context",
-            "rewrite_from": "start",
         },
         "consistency-only": {"weights": {}, "threshold": 0.0},
         "log-prob": {"weights": ensemble_weights(1.0)},
@@ -85,10 +83,8 @@ class VerifierConfig:
     """Who verifies, by which signals, and from which score on a step is accepted.
 
     ``weights`` of signals sum to 1; without any, every step is accepted unseen (self-consistency
-    only). ``bounds`` override `CONSERVATIVE_BOUNDS` signal by signal. Of a rejected step that the
-    target has read, ``rewrite_from`` "doubt" keeps what comes before the token that the target
-    doubts most (see `Observation.doubt`), "start" nothing. Rollout settings are
-    those of the paper: ``num_layers`` L, ``epsilon``, and ``residual`` r.
+    only). ``bounds`` override `CONSERVATIVE_BOUNDS` signal by signal. Rollout settings
+    are those of the paper: ``num_layers`` L, ``epsilon``, and ``residual`` r.
 
     Raises:
         UsageError: an unknown name, a number outside its range, or a value of another type.
@@ -97,7 +93,6 @@ class VerifierConfig:
     model: Author = "target"
     weights: Mapping[str, float] = field(default_factory=lambda: {"log_prob_sum": 1.0})
     threshold: float = 0.7
-    rewrite_from: RewriteFrom = "start"
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     sources: Sources = "problem"
     num_layers: int = 3
@@ -110,8 +105,6 @@ class VerifierConfig:
             raise UsageError(f"verifier must be 'draft' or 'target', not {self.model!r}")
         if self.sources not in ("problem", "context"):
             raise UsageError(f"sources must be 'problem' or 'context', not {self.sources!r}")
-        if self.rewrite_from not in ("start", "doubt"):
-            raise UsageError(f"rewrite_from must be 'start' or 'doubt', not {self.rewrite_from!r}")
         for name in (*self.weights, *self.bounds):
             if name not in SIGNALS:
                 known = ", ".join(SIGNALS)

@@ -255,16 +255,6 @@ class Observation:
         others = np.flatnonzero(~self.is_first_choice)
         return int(others[0]) if len(others) else len(self.is_first_choice)
 
-    @property
-    def doubt(self) -> int:
-        """The token that the model finds least probable, of those that it would not have written.
-
-        n where it would have written all n tokens itself.
-        """
-        if self.is_first_choice.all():
-            return len(self.is_first_choice)
-        return int(np.where(self.is_first_choice, np.inf, self.token_logprobs).argmin())
-
 
 class Tokenizer(Protocol):
     """Text to ids and back, as the model was trained to read it."""

@@ -213,18 +213,13 @@ class Solving:
     def _beginning(self, step: StepState) -> tuple[WrittenStep, bool]:
         """What a rewrite begins with, and whether that is all of it.
 
-        What comes before the target's doubt is kept of the selected candidate. Or else, of all that
-        the target has read, these are the tokens that it found most probable, one after the other:
-        a greedy rewrite would only write them again.
+        Of all that the target has read, these are the tokens that it found most probable, one after
+        the other: a greedy rewrite would only write them again.
         """
-        if self.config.verifier.rewrite_from == "doubt" and step.observation and step.readings:
-            candidate, seen = step.selected, step.observation
-            n = seen.doubt
-        elif step.readings and self.config.rewrite_sampling.is_greedy and not is_reference():
-            candidate, seen = max(step.readings, key=lambda reading: reading[1].num_leading_choices)
-            n = seen.num_leading_choices
-        else:
+        if not (step.readings and self.config.rewrite_sampling.is_greedy) or is_reference():
             return WrittenStep((), "length", np.zeros(0), np.zeros(0)), False
+        candidate, seen = max(step.readings, key=lambda reading: reading[1].num_leading_choices)
+        n = seen.num_leading_choices
         entropies = seen.token_entropies
         beginning = WrittenStep(
             candidate.token_ids[:n],

@@ -208,12 +208,10 @@ class Solution:
 
 
 def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:
-    """Rewrites by token-level speculation are gone, and all others were from the start."""
+    """Rewrites by token-level speculation are gone."""
     config = data.get("config")
     if isinstance(config, dict):
         config = {name: value for name, value in config.items() if name != "rewrite"}
-        if isinstance(config.get("verifier"), dict):
-            config["verifier"] = {"rewrite_from": "start", **config["verifier"]}
     return {**data, "config": config, "schema_version": SCHEMA_VERSION}
 
 
