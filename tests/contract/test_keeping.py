@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from tests.engines import LOCAL_ENGINES, fresh, load_local, spoil_new_memory
 
 BEGINNING = tuple(range(30, 42))  # long enough to be shared among problems
 LONGEST = 60  # tokens of a prefix
+ROUNDING = 1e-6  # of a sum of probabilities in float32
 FOLLOWING = ("again", "further", "step", "step", "part of it", "another", "shorter", "unrelated")
 
 
@@ -155,12 +157,40 @@ async def play(engine: LocalEngine, rounds: list[list[Move]]) -> None:
         for job, found in zip(jobs, outcomes, strict=True):
             if found is None:
                 continue
-            assert_same(found, await do(fresh(engine), job))
+            expected = await do(fresh(engine), job)
+            if await is_close_call(engine, job, found, expected):
+                return  # from here on the texts are others, and there is nothing to compare
+            assert_same(found, expected)
             key = int(str(job.key))
             texts[key] = texts[key].after(job, found)
     for key in texts:
         engine.release(key)
     assert engine.num_kept == 0
+
+
+async def is_close_call(
+    engine: LocalEngine, job: GenerateJob | ScoreJob, found: Any, expected: Any
+) -> bool:
+    """Whether candidates part where a uniform lies at the border of both tokens, within rounding.
+
+    Of many thousands of draws one does now and then, and what is kept is not what is computed anew
+    to the last bit.
+    """
+    if isinstance(job, ScoreJob):
+        return False
+    assert job.uniforms is not None
+    for candidate, wanted, uniforms in zip(found, expected, job.uniforms, strict=True):
+        both = zip(candidate.token_ids, wanted.token_ids, strict=False)
+        at = next((at for at, pair in enumerate(both) if pair[0] != pair[1]), None)
+        if at is None or job.sampling.is_greedy:
+            continue
+        tokens = candidate.token_ids[at], wanted.token_ids[at]
+        prefix = job.prefix + wanted.token_ids[:at]
+        scoring = score_job([tokens[1:]], prefix, key="close", distributions=job.sampling)
+        [seen] = await fresh(engine).score(scoring)
+        cdf = np.cumsum(seen.distributions[0], dtype=np.float64)
+        return bool(abs(cdf[min(tokens)] - uniforms[at] * cdf[-1]) < ROUNDING)
+    return False
 
 
 async def begin(engine: LocalEngine, job: GenerateJob | ScoreJob, move: Move) -> Any:
