@@ -10,7 +10,7 @@ from click.core import ParameterSource
 from rich.markup import escape
 
 from specguard import UsageError
-from specguard.bench.methods import choose_methods, known_methods
+from specguard.bench.methods import AS_SOLVED, choose_methods, known_methods
 from specguard.cli.data import data_options, read_data
 from specguard.cli.groups import Group
 from specguard.cli.options import ModelOptions, model_options
@@ -95,9 +95,8 @@ def bench(
             f"the package {error.name} is not installed", "pip install 'specguard[bench]'"
         ) from error
     err = console(stderr=True)
-    # Methods are compared with every step drafted, so that only this one asks what that costs.
-    falls_back = any(name.startswith("specguard-fallback") for name in names)
-    solver = models.load() if falls_back else models.load(draft_cost=None)
+    asks_cost = any(name.partition("@")[0] in AS_SOLVED for name in names)
+    solver = models.load() if asks_cost else models.load(draft_cost=None)
     print_notes(solver, err)
     chosen = choose_methods(names, solver.config)
     if any(method.needs_reward for method in chosen):

@@ -94,6 +94,21 @@ def test_other_settings_are_refused(changes: dict[str, Any], tmp_path: Path) -> 
     assert run(tmp_path, BASE, names) == (0, 4)
 
 
+def test_a_run_goes_on_where_drafting_costs_something_else_now(tmp_path: Path) -> None:
+    names = ("specguard", "sd", "paper")
+    cheap, dear = (
+        replace(BASE, draft_cost=DraftCost(cost, verification=1.0)) for cost in (0.1, 0.9)
+    )
+    assert run(tmp_path, cheap, names) == (6, 6)
+    assert run(tmp_path, dear, names) == (0, 6)
+    costs = {
+        row["method"]: row["config"]["settings"].get("draft_cost", {}).get("candidate")
+        for row in read_lines(tmp_path / FILE_NAME)[1:]
+    }
+    # As `solve` runs them, and the others with every step drafted whatever it costs.
+    assert costs == {"specguard": 0.1, "sd": 0.1, "paper": None}
+
+
 def test_rows_hold_what_differs_from_the_defaults_and_a_version(tmp_path: Path) -> None:
     run(tmp_path, BASE, ("target",))
     for row in read_lines(tmp_path / FILE_NAME)[1:]:

@@ -7,9 +7,11 @@ from typing import Any, Literal
 from specguard.core.config import PAPER_CANDIDATES, PRESETS, SolveConfig
 from specguard.core.engine import GREEDY, Sampling
 from specguard.core.errors import UsageError
+from specguard.core.fallback import DraftCost
 
 BASELINE = "target"
 SAMPLED = Sampling()
+AS_SOLVED = ("specguard", "sd", "sd-sampled")  # by what drafting costs here, as `solve` runs them
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,8 @@ class Method:
 def known_methods(base: SolveConfig) -> dict[str, Method]:
     """Every method by name; ``base`` are the pair's settings.
 
-    Drafting is never switched off while methods are compared, but where that is the method.
+    Those `AS_SOLVED` draft and guess as far as it pays. In the others every step is drafted and
+    none of its tokens guessed, so that they compare what they are named after.
     """
     presets = {name: replace(base.verifier, **changes) for name, changes in PRESETS.items()}
     by_target: dict[str, Any] = {
@@ -70,6 +73,10 @@ def known_methods(base: SolveConfig) -> dict[str, Method]:
     target: dict[str, Any] = {"method": "target", "sampling": SAMPLED}
     draft: dict[str, Any] = {"method": "draft", "sampling": SAMPLED}
     greedy: dict[str, Any] = {"num_candidates": 1, "sampling": GREEDY}
+
+    def cost_of(name: str) -> DraftCost | None:
+        return base.draft_cost if name in AS_SOLVED else None
+
     found: list[Method] = [
         Method("target", {"method": "target", "sampling": GREEDY}),
         Method("target-sampled", target),
@@ -84,7 +91,7 @@ def known_methods(base: SolveConfig) -> dict[str, Method]:
         Method("best-of-target", target, num_samples=8, choice="reward"),
         Method("specguard"),
         Method("specguard-greedy", greedy),
-        Method("specguard-fallback", {"draft_cost": base.draft_cost}),
+        Method("specguard-always"),
         Method("specguard-adaptive", {"num_candidates": 16, "num_first_candidates": 4}),
         Method("specguard-target-selects", by_target),
         Method("specguard-draft-verifies", by_draft),
@@ -94,7 +101,7 @@ def known_methods(base: SolveConfig) -> dict[str, Method]:
         Method("sc-grounding", {**PAPER_CANDIDATES, "verifier": presets["grounding"]}),
     ]
     return {
-        method.name: replace(method, changes={"draft_cost": None, **method.changes})
+        method.name: replace(method, changes={"draft_cost": cost_of(method.name), **method.changes})
         for method in found
     }
 

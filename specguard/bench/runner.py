@@ -126,11 +126,14 @@ class Run:
                 raise type(error)(message, "leave it out, or choose other models") from error
 
     def _check_configs(self) -> None:
-        """The same name must mean the same settings."""
-        configs = {method.name: self._config_of(method) for method in self.methods}
+        """The same name must mean the same settings.
+
+        What drafting costs may differ: each machine has figures of its own.
+        """
+        configs = {method.name: _without_cost(self._config_of(method)) for method in self.methods}
         answers = {item.id: (item.problem, item.answer) for item in self.data.items}
         for row in self.journal.rows:
-            if row["method"] in configs and row["config"] != configs[row["method"]]:
+            if row["method"] in configs and _without_cost(row["config"]) != configs[row["method"]]:
                 raise SpecguardError(
                     f"method {row['method']!r} was run with other settings here",
                     "name another output to start anew, or give the settings of that run",
@@ -307,3 +310,8 @@ def _costs(solutions: Sequence[Solution]) -> dict[str, Any]:
         if step.decision != "plain"
     )
     return columns
+
+
+def _without_cost(config: dict[str, Any]) -> dict[str, Any]:
+    settings = {name: value for name, value in config["settings"].items() if name != "draft_cost"}
+    return {**config, "settings": settings}
