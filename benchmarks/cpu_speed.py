@@ -43,18 +43,18 @@ def decode_of(engine: Engine, runner: Runner, prompts: Sequence[tuple[int, ...]]
     return lambda num_rows, num_tokens: runner.run(decode(num_rows, num_tokens))
 
 
-def peer_decode_of(layer: TorchLayer, prompts: Sequence[tuple[int, ...]]) -> Decode:
-    """Greedy decoding by the ``generate`` of the model that a layer runs."""
+def peer_decode_of(model: str, dtype: Any, prompts: Sequence[tuple[int, ...]]) -> Decode:
+    """Greedy decoding by transformers' ``generate``, of a model of its own."""
     import torch
+    from transformers import AutoModelForCausalLM
 
-    layer.model.generation_config.eos_token_id = None
+    peer = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+    peer.generation_config.eos_token_id = None
 
     def decode(num_rows: int, num_tokens: int) -> None:
         inputs = torch.tensor(prompts[:num_rows])
         mask = torch.ones_like(inputs)
-        layer.model.generate(
-            inputs, attention_mask=mask, max_new_tokens=num_tokens, do_sample=False
-        )
+        peer.generate(inputs, attention_mask=mask, max_new_tokens=num_tokens, do_sample=False)
 
     return decode
 
@@ -105,7 +105,8 @@ def main(model: str, dtype: str, tokens: int, rows: int, read: int, rounds: int)
     texts = [tuple(row) for row in drawn.tolist()]
     prompts = [text[:PROMPT_LENGTH] for text in texts]
     with Runner() as runner:
-        own, peer = decode_of(engine, runner, prompts), peer_decode_of(layer, prompts)
+        own = decode_of(engine, runner, prompts)
+        peer = peer_decode_of(model, layer.model.dtype, prompts)
         own(1, 2)
         peer(1, 2)
 

@@ -168,7 +168,7 @@ def different_lengths(limit: int) -> list[ScoreJob]:
     ]
 
 
-@pytest.mark.parametrize("has_amx", [False, True])
+@pytest.mark.parametrize("is_blocked", [False, True])
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
@@ -180,17 +180,22 @@ def different_lengths(limit: int) -> list[ScoreJob]:
 def test_fused_layers_run_in_bfloat16(
     family: str,
     settings: dict[str, Any],
-    has_amx: bool,
+    is_blocked: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from specguard.backends.pytorch import matrix
 
-    monkeypatch.setattr(matrix, "_HAS_AMX", has_amx)
+    can_block = matrix._can_block
+    monkeypatch.setattr(matrix, "_can_block", lambda weight: is_blocked and can_block(weight))
+    if is_blocked and not can_block(torch.zeros(1, dtype=torch.bfloat16)):
+        pytest.skip("oneDNN does not multiply in bfloat16 here")
     folder = str(make_checkpoint(tmp_path / "model", family, **settings))
     exact = load_model(folder)
     fused = load_model(folder, dtype="bfloat16")
     assert fused.note == ""
+    layers = fused.layer.model.base_model.layers
+    assert all((layer.mlp.up_proj.weight.numel() == 0) == is_blocked for layer in layers)
     monkeypatch.setenv("SPECGUARD_REFERENCE", "1")
     own = load_model(folder, dtype="bfloat16")
     deviations = []

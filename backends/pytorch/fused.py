@@ -68,8 +68,18 @@ class FusedLayers:
             for layer in self._base.layers
         ]
         head: Any = model.get_output_embeddings()
-        self._head = Matrix(head.weight.data, head.bias, is_packed)
+        is_tied = head.weight is self._base.embed_tokens.weight
+        self._head = Matrix(
+            head.weight.data, head.bias, is_packed, owners=() if is_tied else (head.weight,)
+        )
         self._turns = torch.empty(0)  # [positions, 2, 1, head_dim], grows with the positions
+
+    def take_over(self) -> None:
+        """Lay the weights out for products, where that pays: the model's own layers lose theirs."""
+        for layer in self._layers:
+            for matrix in layer.qkv, layer.out, layer.gate_up, layer.down:
+                matrix.block()
+        self._head.block()
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, end: int, rows: Sequence[PlacedRow]
@@ -178,8 +188,9 @@ def _fuse(layer: Any, num_heads: int, num_kv_heads: int, is_packed: bool) -> _La
 def _fused(is_packed: bool, *modules: nn.Linear) -> Matrix:
     """Weights and biases one after the other."""
     biases = [module.bias for module in modules if module.bias is not None]
-    weight = _joined([module.weight for module in modules])
-    return Matrix(weight, _joined(biases) if biases else None, is_packed)
+    weights = [module.weight for module in modules]
+    bias = _joined(biases) if biases else None
+    return Matrix(_joined(weights), bias, is_packed, owners=weights)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -383,13 +383,26 @@ class TorchLayer:
         """Fused layers, if they do what the model's own layers do."""
         fused = FusedLayers(self.model, is_packed)  # what it rounds, the own layers see rounded
         expected = self._sample_passes()
-        tolerance = _TOLERANCES[self.model.dtype]
         self._fused = fused
+        if not self._passes_agree(expected):
+            self._fused = None
+            self.why_not_fused = "fused layers come to other logits"
+            return
+        fused.take_over()
+        if not self._passes_agree(expected):
+            raise SpecguardError(
+                "this build of torch multiplies by blocked matrices wrongly",
+                "set SPECGUARD_REFERENCE=1 to do without",
+            )
+
+    def _passes_agree(self, expected: list[Tensor]) -> bool:
+        """Whether sample passes come to these logits."""
+        tolerance = _TOLERANCES[self.model.dtype]
         for own, found in zip(expected, self._sample_passes(), strict=True):
             scale = max(1.0, float(own.abs().max()))
             if not bool((found - own).abs().max() <= tolerance * scale):
-                self._fused = None
-                self.why_not_fused = "fused layers come to other logits"
+                return False
+        return True
 
     def _sample_passes(self) -> list[Tensor]:
         """Logits of a prompt, a tree behind it, a batch, and a late position."""

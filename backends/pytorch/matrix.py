@@ -1,15 +1,17 @@
 """A weight, and the product that suits the processor, the number type and the count of rows."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-_FEW_ROWS = 64  # whose product with a matrix takes little longer than reading the matrix
-_HAS_AMX = torch.cpu._is_amx_tile_supported()
 _GROUP = 32  # weights of a row that share a scale and an offset
 _MOST_PACKED_ROWS = 4  # beyond, unpacking costs more than reading
 _HIGHEST = 15  # of 4 bits
 PACKED_BYTES = 0.5 + 2 * 2 / _GROUP  # of a weight, scale and offset included
 _PACKED_OUTPUTS = 64  # the kernel's tile
+_EXACT_ROWS = 8
 
 
 class Matrix:
@@ -18,15 +20,34 @@ class Matrix:
     ``is_packed`` rounds the weight, in place, to 4 bits with a scale and an offset for each group
     of 32 inputs, and keeps it in that form, too: passes over few rows read a third of the bytes,
     passes over many multiply by the same rounded numbers in bfloat16. A weight that the kernel has
-    no form for stays as it is.
+    no form for stays as it is. ``owners`` are parameters that share the weight's memory.
     """
 
-    __slots__ = ("_packed", "bias", "weight")
+    __slots__ = ("_blocked", "_owners", "_packed", "bias", "weight")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, is_packed: bool = False) -> None:
-        self.weight, self.bias = weight, bias
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        is_packed: bool = False,
+        owners: Sequence[Tensor] = (),
+    ) -> None:
+        self.weight, self.bias, self._owners = weight, bias, owners
         fits = weight.shape[0] % _PACKED_OUTPUTS == 0 and weight.shape[1] % _GROUP == 0
         self._packed = _round_and_pack(weight) if is_packed and fits else None
+        self._blocked: Tensor | None = None
+
+    def block(self) -> None:
+        """Lay the weight out as oneDNN multiplies by it, where it can; its owners hold none then.
+
+        Else it would be laid out anew in each product, which for a few rows takes as long as the
+        product itself.
+        """
+        if _can_block(self.weight):
+            self._blocked = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
+            self.weight = self.weight.new_empty(0)
+            for owner in self._owners:
+                owner.data = self.weight
 
     def __call__(self, inputs: Tensor, added: Tensor | None = None) -> Tensor:
         """Inputs [N, I] times the weight, plus the bias, plus ``added`` [N, O]: [N, O]."""
@@ -36,25 +57,48 @@ class Matrix:
 
     def _product(self, inputs: Tensor, added: Tensor | None) -> Tensor:
         """The product plus ``added`` [O] or [N, O], in any layout."""
-        weight = self.weight
+        found: Tensor
         if self._packed is not None and len(inputs) <= _MOST_PACKED_ROWS:
-            found: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            found = torch.ops.aten._weight_int4pack_mm_for_cpu(
                 inputs.contiguous(), self._packed[0], _GROUP, self._packed[1]
             )
             return found if added is None else found.add_(added)
-        if not _HAS_AMX or inputs.dtype == torch.float32 or len(inputs) > _FEW_ROWS:
-            weight = weight.t()
-            return torch.mm(inputs, weight) if added is None else torch.addmm(added, inputs, weight)
-        # For AMX the right factor is packed anew in each product: it must not be the weight.
-        if len(inputs) == 1:
-            vector = inputs[0]
-            if added is None:
-                return torch.mv(weight, vector).unsqueeze(0)
-            return torch.addmv(added.view(-1), weight, vector).unsqueeze(0)
-        if added is None:
-            return torch.mm(weight, inputs.t()).t()
-        columns = added.unsqueeze(1) if added.dim() == 1 else added.t()
-        return torch.addmm(columns, weight, inputs.t()).t()
+        if self._blocked is not None:
+            num_rows = len(inputs)
+            num_padded = _padded(num_rows) - num_rows
+            if num_padded:
+                inputs = functional.pad(inputs, (0, 0, 0, num_padded))
+            multiply = torch.ops.mkldnn._linear_pointwise
+            if added is not None and added.dim() == 2:
+                added = functional.pad(added, (0, 0, 0, num_padded)) if num_padded else added
+                found = multiply.binary(inputs, added, self._blocked, None, "add")
+            else:
+                found = multiply(inputs, self._blocked, added, "none", [], "")
+            return found[:num_rows]
+        weight = self.weight.t()
+        return torch.mm(inputs, weight) if added is None else torch.addmm(added, inputs, weight)
+
+
+def _padded(num_rows: int) -> int:
+    """Up to 8 rows as they are, beyond one of four counts in each octave.
+
+    oneDNN keeps code and memory for each count that it has met: megabytes a matrix.
+    """
+    if num_rows <= _EXACT_ROWS:
+        return num_rows
+    step = 1 << max(1, (num_rows - 1).bit_length() - 3)
+    return -(-num_rows // step) * step
+
+
+def _can_block(weight: Tensor) -> bool:
+    """In single precision the usual product is as fast."""
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _round_and_pack(weight: Tensor) -> tuple[Tensor, Tensor]:
