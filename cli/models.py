@@ -212,13 +212,16 @@ def _default_weights() -> str:
 def _remove_partial_files(snapshot: Path) -> None:
     """What killed downloads have left of a model that is whole now: nothing goes on from it.
 
-    A file is locked while it is being downloaded.
+    A file is locked while it is being downloaded. Those without a name are empty: the library looks
+    at what permissions a new file has.
     """
     repo = snapshot.parents[1]
     locks = repo.parent / ".locks" / repo.name
     for file in (repo / "blobs").glob("*.incomplete"):
         with suppress(Timeout, OSError), FileLock(locks / f"{file.name.split('.')[0]}.lock", 0):
             file.unlink()
+    for file in (repo / "blobs").glob("tmp_*"):
+        file.unlink(missing_ok=True)
 
 
 def _download(source: str) -> None:

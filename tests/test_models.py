@@ -219,7 +219,13 @@ def test_what_killed_downloads_left_goes_once_the_model_is_whole(
     )
     for folder in snapshot, blobs, locks:
         folder.mkdir(parents=True)
-    for name in "whole", "left.1a.incomplete", "left.2b.incomplete", "under-way.3c.incomplete":
+    for name in (
+        "whole",
+        "left.1a.incomplete",
+        "left.2b.incomplete",
+        "under-way.3c.incomplete",
+        "tmp_1f",
+    ):
         (blobs / name).touch()
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
     with FileLock(locks / "under-way.lock"):
