@@ -1,4 +1,4 @@
-"""Weights that are laid out once: the same products for any count of rows, of few kinds."""
+"""Weights that are laid out once: the same products for any count of rows."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_a_blocked_weight_multiplies_as_before(
         exact = functional.linear(inputs.float(), weight.float())
         for more in bias, added:
             exact = exact if more is None else exact + more.float()
-        blocked.block()
+        assert blocked.lay_out()
         found = blocked(inputs, added)
     assert found.shape == exact.shape
     assert torch.allclose(found.float(), exact, atol=0.2, rtol=0.02)
@@ -43,15 +43,55 @@ def test_a_blocked_weight_multiplies_as_before(
 def test_owners_give_their_weight_up(weight: torch.Tensor) -> None:
     owner = torch.nn.Parameter(weight, requires_grad=False)
     made = Matrix(owner.data, None, owners=[owner])
-    made.block()
+    assert made.lay_out()
     assert owner.numel() == made.weight.numel() == 0
 
 
-def test_single_precision_stays_as_it_is() -> None:
-    owner = torch.nn.Parameter(torch.randn(128, 96), requires_grad=False)
+@pytest.fixture
+def wide_weight(number_type: torch.dtype) -> torch.Tensor:
+    """In single precision, of numbers that a smaller type held, tiny ones among them."""
+    torch.manual_seed(0)
+    spread = torch.logspace(-9, 1, 96)
+    made = (torch.randn(130, 96) * spread).to(number_type).float()
+    if torch.backends.quantized.engine not in matrix._HALF_ENGINES:
+        pytest.skip("no kernel reads halves here")
+    return made
+
+
+@pytest.mark.parametrize("number_type", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_added", [False, True])
+def test_halves_multiply_in_single_precision(
+    wide_weight: torch.Tensor, num_rows: int, has_bias: bool, has_added: bool
+) -> None:
+    bias = torch.randn(130) if has_bias else None
+    added = torch.randn(num_rows, 130) if has_added else None
+    inputs = torch.randn(96, num_rows).t()
+    exact = functional.linear(inputs.double(), wide_weight.double())
+    for more in bias, added:
+        exact = exact if more is None else exact + more.double()
+    with torch.inference_mode():
+        halved = Matrix(wide_weight, bias)
+        assert halved.lay_out()
+        found = halved(inputs, added)
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() <= 2e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("value", [1 + 2**-12, 70_000.0, float("nan")])
+def test_what_halves_cannot_hold_stays_as_it_is(value: float) -> None:
+    weight = torch.ones(2000, 96)
+    weight[1500, 7] = value
+    owner = torch.nn.Parameter(weight, requires_grad=False)
     made = Matrix(owner.data, None, owners=[owner])
-    made.block()
-    assert owner.shape == made.weight.shape == (128, 96)
+    assert not made.lay_out()
+    assert owner.shape == made.weight.shape == (2000, 96)
+
+
+def test_small_numbers_of_single_precision_stay_as_they_are() -> None:
+    made = Matrix(torch.full((64, 96), 2**-13 + 2**-25), None)
+    assert not made.lay_out()
 
 
 def test_counts_of_rows_are_few_and_close() -> None:

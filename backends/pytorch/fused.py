@@ -74,12 +74,16 @@ class FusedLayers:
         )
         self._turns = torch.empty(0)  # [positions, 2, 1, head_dim], grows with the positions
 
-    def take_over(self) -> None:
-        """Lay the weights out for products, where that pays: the model's own layers lose theirs."""
+    def take_over(self) -> bool:
+        """Lay the weights out for products, where that pays: the model's own layers lose theirs.
+
+        Whether there were any.
+        """
+        matrices = [self._head]
         for layer in self._layers:
-            for matrix in layer.qkv, layer.out, layer.gate_up, layer.down:
-                matrix.block()
-        self._head.block()
+            matrices += [layer.qkv, layer.out, layer.gate_up, layer.down]
+        are_laid_out = [matrix.lay_out() for matrix in matrices]
+        return any(are_laid_out)
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, end: int, rows: Sequence[PlacedRow]
