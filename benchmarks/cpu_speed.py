@@ -106,7 +106,7 @@ def main(model: str, dtype: str, tokens: int, rows: int, read: int, rounds: int)
     prompts = [text[:PROMPT_LENGTH] for text in texts]
     with Runner() as runner:
         own = decode_of(engine, runner, prompts)
-        peer = peer_decode_of(model, layer.model.dtype, prompts)
+        peer = peer_decode_of(model, layer.number_type, prompts)
         own(1, 2)
         peer(1, 2)
 
@@ -117,7 +117,7 @@ def main(model: str, dtype: str, tokens: int, rows: int, read: int, rounds: int)
             yield seconds_to_read(engine, runner, prompts[0], texts[0][PROMPT_LENGTH:])
 
         rounds_of_seconds = [tuple(measure()) for _ in range(rounds)]
-    about = {**machine(), "model": model, "number type": str(layer.model.dtype)}
+    about = {**machine(), "model": model, "number type": str(layer.number_type)}
     click.echo(f"{machine_line(about)}\n\n{table(rounds_of_seconds, rows, read)}", nl=False)
 
 

@@ -47,11 +47,12 @@ def make_checkpoint(folder: Path, family: str = "Llama", **changes: Any) -> Path
     import transformers
 
     torch.manual_seed(changes.pop("seed", 0))
+    number_type = changes.pop("number_type", torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "target")
     settings = {**SHAPE, "vocab_size": len(tokenizer), **changes}
     config = getattr(transformers, f"{family}Config")(**settings)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
-    model.save_pretrained(folder)
+    model.to(number_type).save_pretrained(folder)
     # Saved under a llama config, so that every family keeps the tokenizer as it is.
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / name).write_bytes((TINY / "target" / name).read_bytes())

@@ -34,7 +34,7 @@ def test_a_blocked_weight_multiplies_as_before(
         exact = functional.linear(inputs.float(), weight.float())
         for more in bias, added:
             exact = exact if more is None else exact + more.float()
-        assert blocked.lay_out()
+        assert blocked.lay_out(torch.bfloat16)
         found = blocked(inputs, added)
     assert found.shape == exact.shape
     assert torch.allclose(found.float(), exact, atol=0.2, rtol=0.02)
@@ -43,16 +43,15 @@ def test_a_blocked_weight_multiplies_as_before(
 def test_owners_give_their_weight_up(weight: torch.Tensor) -> None:
     owner = torch.nn.Parameter(weight, requires_grad=False)
     made = Matrix(owner.data, None, owners=[owner])
-    assert made.lay_out()
+    assert made.lay_out(torch.bfloat16)
     assert owner.numel() == made.weight.numel() == 0
 
 
 @pytest.fixture
 def wide_weight(number_type: torch.dtype) -> torch.Tensor:
-    """In single precision, of numbers that a smaller type held, tiny ones among them."""
+    """Numbers of 16 bits, tiny ones among them."""
     torch.manual_seed(0)
-    spread = torch.logspace(-9, 1, 96)
-    made = (torch.randn(130, 96) * spread).to(number_type).float()
+    made = (torch.randn(130, 96) * torch.logspace(-9, 1, 96)).to(number_type)
     if torch.backends.quantized.engine not in matrix._HALF_ENGINES:
         pytest.skip("no kernel reads halves here")
     return made
@@ -62,8 +61,9 @@ def wide_weight(number_type: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("num_rows", NUM_ROWS)
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("has_added", [False, True])
+@pytest.mark.parametrize("is_wide", [False, True])
 def test_halves_multiply_in_single_precision(
-    wide_weight: torch.Tensor, num_rows: int, has_bias: bool, has_added: bool
+    wide_weight: torch.Tensor, num_rows: int, has_bias: bool, has_added: bool, is_wide: bool
 ) -> None:
     bias = torch.randn(130) if has_bias else None
     added = torch.randn(num_rows, 130) if has_added else None
@@ -72,26 +72,34 @@ def test_halves_multiply_in_single_precision(
     for more in bias, added:
         exact = exact if more is None else exact + more.double()
     with torch.inference_mode():
-        halved = Matrix(wide_weight, bias)
-        assert halved.lay_out()
+        halved = Matrix(wide_weight.float() if is_wide else wide_weight, bias)
+        assert halved.lay_out(torch.float32)
         found = halved(inputs, added)
     assert found.dtype == torch.float32
     assert (found - exact).abs().max() <= 2e-6 * exact.abs().max()
 
 
-@pytest.mark.parametrize("value", [1 + 2**-12, 70_000.0, float("nan")])
+@pytest.mark.parametrize("value", [1 + 2**-12, 70_000.0, float("nan"), float("inf")])
 def test_what_halves_cannot_hold_stays_as_it_is(value: float) -> None:
     weight = torch.ones(2000, 96)
     weight[1500, 7] = value
     owner = torch.nn.Parameter(weight, requires_grad=False)
     made = Matrix(owner.data, None, owners=[owner])
-    assert not made.lay_out()
+    assert not made.lay_out(torch.float32)
     assert owner.shape == made.weight.shape == (2000, 96)
 
 
 def test_small_numbers_of_single_precision_stay_as_they_are() -> None:
     made = Matrix(torch.full((64, 96), 2**-13 + 2**-25), None)
-    assert not made.lay_out()
+    assert not made.lay_out(torch.float32)
+
+
+@pytest.mark.parametrize("largest", [2.0**20, 2.0**-18])
+def test_what_halves_cannot_hold_is_widened(largest: float) -> None:
+    weight = torch.full((64, 96), largest * 129 / 128).bfloat16()
+    made = Matrix(weight, torch.ones(64).bfloat16())
+    assert made.lay_out(torch.float32)
+    assert made(torch.ones(2, 96)).eq(96 * float(weight[0, 0]) + 1).all()
 
 
 def test_counts_of_rows_are_few_and_close() -> None:

@@ -119,7 +119,11 @@ def test_numbers_take_what_the_backend_computes_with(
     machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch_loading, "_computes_bfloat16", lambda: False)
-    assert listed("--backend", "cpu")["qwen2.5-coder"]["weight_bytes"] == 4 * 2_030_000_000
+    for reads_halves, size in (True, 2), (False, 4):
+        monkeypatch.setattr(torch_loading, "reads_halves", lambda known=reads_halves: known)
+        coder = listed("--backend", "cpu")["qwen2.5-coder"]
+        assert coder["weight_bytes"] == size * 2_030_000_000
+        assert coder["cache_bytes"] == 4 * 3072 * 2 * (24 * 2 * 64 + 28 * 2 * 128)
     pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
     assert listed("--backend", "mlx")["qwen2.5-coder"]["weight_bytes"] == pytest.approx(
         0.5625 * 2_030_000_000

@@ -213,6 +213,37 @@ def test_fused_layers_run_in_bfloat16(
     assert 0 < by_fused < 2 * by_own  # as exact as transformers' own layers
 
 
+@pytest.mark.parametrize("is_refused", [False, True])
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_weights_stay_in_16_bits_where_single_precision_is_computed(
+    family: str, is_refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specguard.backends.pytorch import fused, loading, matrix
+
+    if not matrix.reads_halves():
+        pytest.skip("no kernel reads halves here")
+    folder = str(make_checkpoint(tmp_path / "model", family, number_type=torch.bfloat16))
+    monkeypatch.setenv("SPECGUARD_REFERENCE", "1")
+    own = load_model(folder, dtype="float32")
+    monkeypatch.delenv("SPECGUARD_REFERENCE")
+    monkeypatch.setattr(loading, "_LARGE", 0)
+    if is_refused:
+        monkeypatch.setattr(fused, "_rotate", lambda states, cos, sin: states)
+    halved = load_model(folder, dtype="float32")
+    assert bool(halved.note) == is_refused
+    assert halved.num_bytes_per_token == own.num_bytes_per_token
+    held = sum(weight.nbytes for weight in halved.layer.model.parameters())
+    embedding = halved.layer.model.get_input_embeddings().weight
+    assert (embedding.dtype == torch.bfloat16) != is_refused
+    assert (held < 2 * embedding.nbytes) != is_refused
+    for job in (
+        score_job([range(30, 70)], capture=capture(PREFIX, "problem", epsilon=0.0)),
+        score_job([[40, 41, 42], [40, 50], [9]]),
+        score_job([range(5, 95)], key="long"),
+    ):
+        assert_same(run(halved, job), run(own, job))
+
+
 @pytest.mark.parametrize(
     ("stored", "size", "computes", "expected"),
     [

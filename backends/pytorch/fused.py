@@ -6,7 +6,9 @@ precision, as transformers does.
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +61,7 @@ class FusedLayers:
         self._head_dim = int(
             getattr(config, "head_dim", None) or config.hidden_size // self._num_heads
         )
+        self._number_type = model.dtype
         epsilon = float(config.rms_norm_eps)
         self._floor = torch.tensor((int(config.hidden_size) * epsilon) ** 0.5)
         self._head_floor = torch.tensor((self._head_dim * epsilon) ** 0.5)
@@ -74,15 +77,20 @@ class FusedLayers:
         )
         self._turns = torch.empty(0)  # [positions, 2, 1, head_dim], grows with the positions
 
-    def take_over(self) -> bool:
-        """Lay the weights out for products, where that pays: the model's own layers lose theirs.
+    def take_over(self, number_type: torch.dtype) -> bool:
+        """Compute in ``number_type`` from now on, with weights laid out for that where it pays.
 
-        Whether there were any.
+        The model's own layers lose those. Whether anything changed.
         """
+        self._number_type = number_type
+        self._turns = torch.empty(0)
         matrices = [self._head]
         for layer in self._layers:
             matrices += [layer.qkv, layer.out, layer.gate_up, layer.down]
-        are_laid_out = [matrix.lay_out() for matrix in matrices]
+        # Making halves is slow, and runs in one thread; oneDNN shares its work out by itself.
+        num_threads = torch.get_num_threads() if number_type == torch.float32 else 1
+        with ThreadPoolExecutor(num_threads) as threads:
+            are_laid_out = list(threads.map(partial(_lay_out, number_type), matrices))
         return any(are_laid_out)
 
     def __call__(
@@ -96,7 +104,8 @@ class FusedLayers:
         num_heads, num_rotated = self._num_heads, self._num_heads + self._num_kv_heads
         scale = self._head_dim**-0.5
         # Rows of a matrix throughout: products of more dimensions are slower to set up.
-        states = functional.embedding(tokens, self._base.embed_tokens.weight)
+        embedded = functional.embedding(tokens, self._base.embed_tokens.weight)
+        states = embedded.to(self._number_type)
         for index, layer in enumerate(self._layers):
             inputs = _normed(states, layer.input_norm, self._floor)
             heads = layer.qkv(inputs).contiguous()
@@ -128,7 +137,8 @@ class FusedLayers:
         if end > len(self._turns):
             count = max(_FIRST_POSITIONS, 2 * end)
             places = torch.arange(count, device=positions.device)[None]
-            cos, sin = self._base.rotary_emb(self._base.norm.weight, places)
+            kind = torch.empty(0, dtype=self._number_type, device=positions.device)
+            cos, sin = self._base.rotary_emb(kind, places)
             sin[..., : sin.shape[-1] // 2] *= -1
             self._turns = torch.stack([cos[0], sin[0]], 1).unsqueeze(2)
         cos, sin = self._turns[positions].unbind(1)
@@ -170,6 +180,11 @@ def why_config_not_fused(config: Mapping[str, Any]) -> str | None:
     if layer_types != {"full_attention"} or config.get("hidden_act") != "silu":
         return "fused layers have full attention and SiLU throughout"
     return None
+
+
+def _lay_out(number_type: torch.dtype, matrix: Matrix) -> bool:
+    with torch.inference_mode():  # which a thread has for itself
+        return matrix.lay_out(number_type)
 
 
 def _fuse(layer: Any, num_heads: int, num_kv_heads: int, is_packed: bool) -> _Layer:

@@ -40,8 +40,9 @@ class TorchLayer:
     """Runs the passes of one model.
 
     Logits are cut to ``num_tokens``: rows of a padded vocabulary stand for no token, and the other
-    model of a pair may not have them. ``is_packed`` rounds the weights to 4 bits.
-    ``why_not_fused`` says why transformers' own layers run.
+    model of a pair may not have them. ``is_packed`` rounds the weights to 4 bits. ``number_type``
+    is what is computed in, None: what the model holds. ``why_not_fused`` says why transformers' own
+    layers run.
 
     Raises:
         SpecguardError: the model keeps a state that cannot be cut back, or has attention that
@@ -51,7 +52,12 @@ class TorchLayer:
     most_waiting_logits = _MOST_WAITING_LOGITS
 
     def __init__(
-        self, model: PreTrainedModel, name: str, num_tokens: int, is_packed: bool = False
+        self,
+        model: PreTrainedModel,
+        name: str,
+        num_tokens: int,
+        is_packed: bool = False,
+        number_type: torch.dtype | None = None,
     ) -> None:
         self.model = model.eval()
         self._num_tokens = num_tokens
@@ -63,10 +69,7 @@ class TorchLayer:
         self._window = getattr(config, "sliding_window", None)
         self._has_our_attention = config._attn_implementation == ATTENTION_NAME
         self._placeholder = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        # transformers' own attention is used to the lowest number instead of infinity.
-        lowest = float("-inf") if self._has_our_attention else torch.finfo(model.dtype).min
-        self._open_entry = torch.zeros((), dtype=model.dtype, device=self.device)
-        self._closed_entry = torch.full_like(self._open_entry, lowest)
+        self._compute_in(model.dtype)
         self._head_input: Tensor | None = None
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Module):
@@ -79,11 +82,16 @@ class TorchLayer:
         with torch.inference_mode():
             self._probe(name)
             if self.why_not_fused is None:
-                self._fuse(is_packed)
+                self._fuse(is_packed, number_type or model.dtype)
             elif is_packed:
                 raise SpecguardError(
                     f"{name} cannot be rounded to 4 bits: {self.why_not_fused}", "try --dtype auto"
                 )
+            if self._fused is None and number_type is not None:
+                model.to(number_type)
+                self._compute_in(number_type)
+            if number_type is not None:
+                self._probe(name)
 
     def new_buffer(self) -> KVBuffer:
         """An empty buffer."""
@@ -321,7 +329,7 @@ class TorchLayer:
         if self._window is not None:
             columns = self._column_positions(row, positions)
             distance = positions.unsqueeze(1) - columns.unsqueeze(0)
-            lowest = torch.finfo(self.model.dtype).min
+            lowest = torch.finfo(self.number_type).min
             masks["sliding_attention"] = mask.masked_fill(distance >= self._window, lowest)
         if self._layer_types:
             return {kind: masks[kind] for kind in self._layer_types}
@@ -379,7 +387,15 @@ class TorchLayer:
     def _keep_head_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._head_input = inputs[0]
 
-    def _fuse(self, is_packed: bool) -> None:
+    def _compute_in(self, number_type: torch.dtype) -> None:
+        """What masks are made of."""
+        self.number_type = number_type
+        # transformers' own attention is used to the lowest number instead of infinity.
+        lowest = float("-inf") if self._has_our_attention else torch.finfo(number_type).min
+        self._open_entry = torch.zeros((), dtype=number_type, device=self.device)
+        self._closed_entry = torch.full_like(self._open_entry, lowest)
+
+    def _fuse(self, is_packed: bool, number_type: torch.dtype) -> None:
         """Fused layers, if they do what the model's own layers do."""
         fused = FusedLayers(self.model, is_packed)  # what it rounds, the own layers see rounded
         expected = self._sample_passes()
@@ -388,7 +404,8 @@ class TorchLayer:
             self._fused = None
             self.why_not_fused = "fused layers come to other logits"
             return
-        if fused.take_over() and not self._passes_agree(expected):
+        self._compute_in(number_type)
+        if fused.take_over(number_type) and not self._passes_agree(expected):
             raise SpecguardError(
                 "this build of torch multiplies wrongly by weights that are laid out for it",
                 "set SPECGUARD_REFERENCE=1 to do without",

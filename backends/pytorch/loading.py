@@ -13,7 +13,7 @@ from specguard.backends.memory import Demand, ModelSize, Place, this_machine
 from specguard.backends.pytorch.attention import ATTENTION_NAME, register
 from specguard.backends.pytorch.fused import why_config_not_fused
 from specguard.backends.pytorch.layer import TorchLayer, is_out_of_memory
-from specguard.backends.pytorch.matrix import PACKED_BYTES
+from specguard.backends.pytorch.matrix import PACKED_BYTES, reads_halves
 from specguard.backends.tokenizer import FolderTokenizer
 from specguard.core.errors import SpecguardError
 from specguard.core.reference import is_reference
@@ -38,8 +38,9 @@ def load_model(
     """Load a folder or a downloaded hub id (``owner/name[@revision]``).
 
     ``dtype`` "auto" is bfloat16 on CUDA, float16 on MPS, and on a CPU float32, or bfloat16 for a
-    large checkpoint in bfloat16 where the processor computes with it; "int4" is bfloat16 with
-    weights rounded to 4 bits. ``is_headless`` is for reward models: a language head is not asked
+    large checkpoint in bfloat16 where the processor computes with it; weights of 16 bits stay so
+    where single precision is computed, if a kernel allows it; "int4" is bfloat16 with weights
+    rounded to 4 bits. ``is_headless`` is for reward models: a language head is not asked
     for.
 
     Raises:
@@ -49,6 +50,11 @@ def load_model(
     place = _device(device)
     checkpoint = open_checkpoint(source)
     number_type = _dtype(dtype, place, checkpoint.num_parameters, checkpoint.number_type)
+    is_halved = (
+        not is_headless
+        and _can_be_fused(checkpoint)
+        and _is_halved(number_type, place, checkpoint.num_parameters, checkpoint.number_type)
+    )
     checkpoint.check_head(is_headless)
     _check_usable(checkpoint)
     refusal = checkpoint.capture_refusal
@@ -59,7 +65,7 @@ def load_model(
             model, report = AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder,
                 output_loading_info=True,
-                dtype=number_type,
+                dtype=torch.bfloat16 if is_halved else number_type,
                 device_map={"": place},  # straight to the device
                 attn_implementation=ATTENTION_NAME if refusal is None else "eager",
                 local_files_only=True,
@@ -85,7 +91,9 @@ def load_model(
             "download or copy them again",
         )
     num_tokens = max(tokenizer.vocabulary.values()) + 1
-    layer = TorchLayer(model, source, num_tokens, is_packed=dtype == PACKED)
+    layer = TorchLayer(
+        model, source, num_tokens, dtype == PACKED, number_type if is_halved else None
+    )
     return LocalEngine(
         source,
         layer,
@@ -112,31 +120,39 @@ def draft_dtype(source: str) -> str:
     number_type = _dtype(
         "auto", torch.device("cpu"), checkpoint.num_parameters, checkpoint.number_type
     )
-    can_be_rounded = (
-        number_type == torch.bfloat16
-        and not is_reference()
+    can_be_rounded = number_type == torch.bfloat16 and _can_be_fused(checkpoint)
+    return PACKED if can_be_rounded else "auto"
+
+
+def _can_be_fused(checkpoint: Checkpoint) -> bool:
+    return (
+        not is_reference()
         and checkpoint.capture_refusal is None
         and "quantization_config" not in checkpoint.config
         and why_config_not_fused(checkpoint.config) is None
     )
-    return PACKED if can_be_rounded else "auto"
 
 
 def demand(source: str, device: str, dtype: str) -> Demand:
     """What a model will take of the memory of its device; arguments as in `load_model`."""
     checkpoint = open_checkpoint(source)
     size = ModelSize(checkpoint.num_parameters, checkpoint.num_cached_numbers)
-    return _demand(source, size, device, dtype, checkpoint.number_type)
+    can_be_fused = _can_be_fused(checkpoint)
+    return _demand(source, size, device, dtype, checkpoint.number_type, can_be_fused)
 
 
 def estimate(size: ModelSize, device: str) -> Demand:
     """What a model in bfloat16 of this size would take, loaded with dtype "auto"."""
-    return _demand("", size, device, "auto", "bfloat16")
+    return _demand("", size, device, "auto", "bfloat16", can_be_fused=True)
 
 
-def _demand(name: str, size: ModelSize, device: str, dtype: str, number_type: str) -> Demand:
+def _demand(
+    name: str, size: ModelSize, device: str, dtype: str, held: str, can_be_fused: bool
+) -> Demand:
     place = _device(device)
-    num_bytes = _dtype(dtype, place, size.num_parameters, number_type).itemsize
+    number_type = _dtype(dtype, place, size.num_parameters, held)
+    is_halved = can_be_fused and _is_halved(number_type, place, size.num_parameters, held)
+    num_bytes = 2 if is_halved else number_type.itemsize
     num_packed_bytes = PACKED_BYTES if dtype == PACKED else 0
     memory = this_machine()
     if place.type == "cuda":
@@ -146,7 +162,7 @@ def _demand(name: str, size: ModelSize, device: str, dtype: str, number_type: st
         name,
         memory,
         round(size.num_parameters * (num_bytes + num_packed_bytes)),
-        size.num_cached_numbers * num_bytes,
+        size.num_cached_numbers * number_type.itemsize,
     )
 
 
@@ -212,6 +228,19 @@ def _dtype(name: str, device: torch.device, num_parameters: int, held: str) -> t
             "try --dtype auto, or a checkpoint that is quantised already",
         )
     return _DTYPES[name]
+
+
+def _is_halved(
+    number_type: torch.dtype, device: torch.device, num_parameters: int, held: str
+) -> bool:
+    """Whether weights stay in 16 bits where single precision is computed (`Matrix.lay_out`)."""
+    return (
+        device.type == "cpu"
+        and number_type == torch.float32
+        and held == "bfloat16"
+        and num_parameters >= _LARGE
+        and reads_halves()
+    )
 
 
 def _computes_bfloat16() -> bool:

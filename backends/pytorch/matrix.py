@@ -12,7 +12,8 @@ _HIGHEST = 15  # of 4 bits
 PACKED_BYTES = 0.5 + 2 * 2 / _GROUP  # of a weight, scale and offset included
 _PACKED_OUTPUTS = 64  # the kernel's tile
 _EXACT_ROWS = 8
-_HALF_ERROR = 2.0**-20  # of a weight, as a share of the largest beside it
+_HALF_ERROR = 2.0**-20  # of a weight, as a share of the largest one
+_HALF_STEP = 2.0**-25  # half precision is off by that at most, of bfloat16 below 2**16
 _MOST_COMPARED_ROWS = 1024
 _HALF_ENGINES = "x86", "fbgemm"  # whose kernels read halves and compute in single precision
 
@@ -41,22 +42,29 @@ class Matrix:
         self._blocked: Tensor | None = None
         self._halved: torch.ScriptObject | None = None
 
-    def lay_out(self) -> bool:
-        """Lay the weight out as a kernel reads it, where one does; its owners hold none then.
+    def lay_out(self, number_type: torch.dtype) -> bool:
+        """Lay the weight out for products in ``number_type``; whether anything changed.
 
         In bfloat16 as oneDNN multiplies by it: else it would be laid out anew in each product,
         which for a few rows takes as long as the product itself. In single precision in halves,
-        where that loses nothing: half as many bytes are read, and products stay single.
+        where that loses nothing: half as many bytes are read, and products stay single. What owned
+        the weight holds none then.
         """
-        if _can_block(self.weight):
+        if self.bias is not None:
+            self.bias = self.bias.to(number_type)
+        if number_type == torch.bfloat16 and _can_block(self.weight):
             self._blocked = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
-        elif _can_halve(self.weight):
-            self._halved = torch.ops.quantized.linear_prepack_fp16(self.weight, None)
-        else:
+        elif number_type == torch.float32 and _fits_halves(self.weight):
+            self._halved = torch.ops.quantized.linear_prepack_fp16(self.weight.float(), None)
+        elif self.weight.dtype == number_type:
             return False
-        self.weight = self.weight.new_empty(0)
+        self.weight = (
+            self.weight.to(number_type)
+            if self._blocked is None and self._halved is None
+            else self.weight.new_empty(0)
+        )
         for owner in self._owners:
-            owner.data = self.weight
+            owner.data = self.weight.new_empty(0)
         return True
 
     def __call__(self, inputs: Tensor, added: Tensor | None = None) -> Tensor:
@@ -114,21 +122,28 @@ def _can_block(weight: Tensor) -> bool:
     )
 
 
-def _can_halve(weight: Tensor) -> bool:
+def reads_halves() -> bool:
+    """Whether a kernel multiplies in single precision by weights in half precision."""
+    return torch.backends.quantized.engine in _HALF_ENGINES and hasattr(
+        torch.ops.quantized, "linear_prepack_fp16"
+    )
+
+
+def _fits_halves(weight: Tensor) -> bool:
     """Whether half precision holds it as it is: it was bfloat16 or half before.
 
     Of bfloat16 it holds all that is not below 2**-14, and that to within 2**-25: less than what
     rounding in a product comes to.
     """
-    return (
-        weight.dtype == torch.float32
-        and weight.device.type == "cpu"
-        and torch.backends.quantized.engine in _HALF_ENGINES
-        and hasattr(torch.ops.quantized, "linear_prepack_fp16")
-        and all(
-            bool((part.half().float() - part).abs().max() <= _HALF_ERROR * part.abs().max())
-            for part in weight.split(_MOST_COMPARED_ROWS)
-        )
+    if weight.device.type != "cpu" or not reads_halves():
+        return False
+    largest = max(abs(float(bound)) for bound in torch.aminmax(weight))
+    if weight.dtype == torch.bfloat16 and _HALF_STEP <= _HALF_ERROR * largest < _HALF_ERROR * 2**16:
+        return True  # without a look at each
+    # The whole in single precision would take much memory at once.
+    parts = (part.float() for part in weight.split(_MOST_COMPARED_ROWS))
+    return all(
+        bool((part.half().float() - part).abs().max() <= _HALF_ERROR * largest) for part in parts
     )
 
 
