@@ -13,7 +13,7 @@ from specguard import UsageError
 from specguard.bench.methods import AS_SOLVED, choose_methods, known_methods
 from specguard.cli.data import data_options, read_data
 from specguard.cli.groups import Group
-from specguard.cli.options import ModelOptions, model_options
+from specguard.cli.model_options import ModelOptions, model_options
 from specguard.cli.output import console, print_notes, progress_bar
 from specguard.cli.values import COUNT, SEED, Several
 from specguard.core import SolveConfig, Solver, SpecguardError

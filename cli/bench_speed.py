@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from specguard.bench.speed import Speed, SpeedRun
 from specguard.bench.tables import as_table, machine, machine_line
-from specguard.cli.options import ModelOptions, model_options
+from specguard.cli.model_options import ModelOptions, model_options
 from specguard.cli.output import console, print_notes
 from specguard.cli.values import CANDIDATES, COUNT, SHARE, Several
 

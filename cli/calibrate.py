@@ -8,7 +8,7 @@ import click
 from rich.progress import Progress
 
 from specguard.cli.data import data_options, read_data
-from specguard.cli.options import ModelOptions, model_options
+from specguard.cli.model_options import ModelOptions, model_options
 from specguard.cli.output import console, print_notes
 from specguard.cli.values import CANDIDATES, SHARE
 from specguard.core import SolveConfig, Solver, SpecguardError

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from specguard import UsageError
-from specguard.cli.options import ModelOptions, method_options, model_options, settings_from
+from specguard.cli.method_options import method_options, settings_from
+from specguard.cli.model_options import ModelOptions, model_options
 from specguard.cli.output import Reporter
 from specguard.core import Solver, SpecguardError
 from specguard.core.conversation import Turn, encode_conversation

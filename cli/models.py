@@ -17,7 +17,7 @@ from specguard.backends.checkpoint import split_revision
 from specguard.backends.memory import ModelSize
 from specguard.backends.registry import AUTO, choose_backend
 from specguard.cli.groups import Group
-from specguard.cli.options import completing
+from specguard.cli.model_options import completing
 from specguard.cli.output import console
 from specguard.models.needs import PairNeeds, pair_needs
 from specguard.models.pairs import (

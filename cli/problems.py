@@ -12,7 +12,7 @@ import click
 from click.exceptions import Exit
 
 from specguard import UsageError
-from specguard.cli.options import ModelOptions
+from specguard.cli.model_options import ModelOptions
 from specguard.cli.output import Reporter, progress_bar
 from specguard.cli.values import COUNT, Number, Part
 from specguard.core import Finished, Solver, SpecguardError

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from specguard import SpecguardError, UsageError
 from specguard.cli.groups import Group
-from specguard.cli.options import completing
+from specguard.cli.model_options import completing
 from specguard.cli.output import console
 from specguard.models.profiles import (
     Profile,

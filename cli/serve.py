@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from specguard import UsageError
-from specguard.cli.options import ModelOptions, method_options, model_options, settings_from
+from specguard.cli.method_options import method_options, settings_from
+from specguard.cli.model_options import ModelOptions, model_options
 from specguard.cli.output import Reporter
 from specguard.cli.values import COUNT, Number, Whole
 from specguard.models.pairs import BUILT_IN_PAIR

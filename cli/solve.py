@@ -9,13 +9,8 @@ from typing import Any, BinaryIO
 import click
 
 from specguard import UsageError
-from specguard.cli.options import (
-    ModelOptions,
-    check_unicode,
-    method_options,
-    model_options,
-    settings_from,
-)
+from specguard.cli.method_options import check_unicode, method_options, settings_from
+from specguard.cli.model_options import ModelOptions, model_options
 from specguard.cli.output import Reporter
 from specguard.cli.problems import (
     EXIT_NO_ANSWER,

@@ -16,7 +16,7 @@ OTHER = "Leo has 12 coins. Leo finds 5 more coins. How many coins does Leo have?
 @pytest.fixture
 def converse(monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(solver: Solver, *lines: str, options: tuple[str, ...] = ()) -> Result:
-        monkeypatch.setattr("specguard.cli.options.load", lambda *_, **__: solver)
+        monkeypatch.setattr("specguard.cli.model_options.load", lambda *_, **__: solver)
         given = "".join(f"{line}\n" for line in lines)
         return CliRunner().invoke(main, ["chat", *options], input=given)
 

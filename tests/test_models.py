@@ -276,7 +276,7 @@ def test_thinking_is_sampled_and_always_asked_of_models_that_always_think() -> N
 def test_one_half_of_the_sampling_may_be_given(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from specguard.cli.options import settings_from
+    from specguard.cli.method_options import settings_from
 
     choice = choose(None, "cpu", str(checkpoint), str(checkpoint))
     given = {"method": "specguard", "temperature": 0.3}

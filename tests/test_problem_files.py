@@ -102,7 +102,7 @@ def test_a_run_goes_on_with_what_is_missing(
         f"k{number}" for number in range(6)
     ]
     # Nothing is missing: no model is loaded.
-    monkeypatch.setattr("specguard.cli.options.load", None)
+    monkeypatch.setattr("specguard.cli.model_options.load", None)
     result = invoke("--problems", str(file), FIELDS, "--output", str(folder))
     assert "6 of 6 solved, 6 of them before" in result.stderr
     assert sorted(path.name for path in folder.iterdir()) == ["solutions.jsonl"]

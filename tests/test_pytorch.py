@@ -339,11 +339,11 @@ def test_the_cache_goes_by_the_name_that_the_model_knows(checkpoint: Path) -> No
     class Old(type(layer.model)):  # type: ignore[misc]
         def forward(self, input_ids: Any, past_key_values: Any = None) -> Any: ...
 
-    assert layer._cache_argument in ("cache", "past_key_values")
-    for kind, name in (type(layer.model), layer._cache_argument), (Old, "past_key_values"):
-        layer.__dict__.pop("_cache_argument", None)
+    assert layer._own._cache_argument in ("cache", "past_key_values")
+    for kind, name in (type(layer.model), layer._own._cache_argument), (Old, "past_key_values"):
+        layer._own.__dict__.pop("_cache_argument", None)
         layer.model.__class__ = kind
-        assert layer._cache_argument == name
+        assert layer._own._cache_argument == name
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.8, 0.99, 0.9999])
