@@ -4,7 +4,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from specguard.core.records import StepRecord
@@ -15,7 +15,7 @@ TOOLS = frozenset({"add", "find"})
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2]}}\n</tool_call>'
 TEXTS = st.text("ab<", max_size=20) | st.text(max_size=20)
 BARE = '{"name": "add"}'
-PARTS = ("<tool_call>", "</tool_call>", "{", CALL, "a", " ", "\n", "<", BARE, "```json\n", "\n```")
+PARTS = ("<tool_call>", "</tool_call>", "{", CALL, "a", " ", "\n", "<", BARE, "```json\n", "\n```", "```")
 
 
 def step(text: str) -> StepRecord:
@@ -60,6 +60,9 @@ def test_a_text_ends_before_the_stop_sequence_however_it_comes(
 
 
 @given(st.lists(st.sampled_from(PARTS), max_size=8).map("".join), st.lists(st.integers(0, 200)))
+@example('\n```{"name": "add"}\n```', [])
+@example('``` json {"name": "add"}\n```', [3])
+@example('```json{"name": "add"}```', [5, 7, 8])
 def test_what_is_sent_is_the_text_without_calls_however_it_comes(
     text: str, places: list[int]
 ) -> None:

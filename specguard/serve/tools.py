@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 OPENING = "<tool_call>"
-_BARE_OPENINGS = ("{", "```json\n", "```\n{")
 _BARE = re.compile(r"\s*(?:```(?:json)?\s*(\{.*\})\s*```|(\{.*\}))\s*", re.DOTALL)
+_BARE_BEGUN = re.compile(r"\s*(?:\{.*|`{0,2}|```(?:j|js|jso|json)?\s*(?:\{.*)?)", re.DOTALL)
 _CALL = re.compile(r"<tool_call>((?:(?!<tool_call>).)*?)</tool_call>", re.DOTALL)
 
 
@@ -53,8 +53,7 @@ def has_call(text: str, tools: frozenset[str]) -> bool:
 
 def looks_like_call(text: str) -> bool:
     """Whether a text may come to be nothing but a call."""
-    begun = text.lstrip()
-    return any(begun.startswith(opening) or opening.startswith(begun) for opening in _BARE_OPENINGS)
+    return _BARE_BEGUN.fullmatch(text) is not None
 
 
 def _read(text: str, tools: frozenset[str]) -> ToolCall | None:
