@@ -24,8 +24,11 @@ from benchmarks.reliability.hub import REPOS, hub
 from benchmarks.reliability.processes import Command, Ended
 from benchmarks.served import DRAFT_COST, texts
 from specguard import SpecguardError
+from specguard.bench.datasets import load_dataset
 
 _SECONDS = 300.0
+# Problems of the built-in data set on whose steps the draft errs: a few are enough to fit to.
+_ERRING = (0, 2, 3, 14, 18, 19, 26, 28)
 _ORPHANS = 10.0  # seconds that processes without their parent may take to notice
 
 
@@ -80,12 +83,20 @@ def _downloaded(place: Path) -> dict[str, str]:
     return found
 
 
-def scenarios(file: Path) -> dict[str, Scenario]:
-    """The commands that are killed; ``file`` has a problem a line."""
+def write_problems(folder: Path) -> None:
+    """What the commands are given: ``problems.txt`` to solve, ``erring.jsonl`` to fit to."""
+    (folder / "problems.txt").write_text("\n".join(texts(12)))
+    items = load_dataset("tiny", limit=max(_ERRING) + 1).items
+    rows = ({"problem": items[index].problem, "answer": items[index].answer} for index in _ERRING)
+    (folder / "erring.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def scenarios(folder: Path) -> dict[str, Scenario]:
+    """The commands that are killed; ``folder`` has the problems."""
     solve = [
         "solve",
         "--problems",
-        str(file),
+        str(folder / "problems.txt"),
         "--batch-size",
         "3",
         "--draft-cost",
@@ -93,7 +104,8 @@ def scenarios(file: Path) -> dict[str, Scenario]:
         "--output",
     ]
     bench = ["bench", "--dataset", "tiny", "--limit", "4", "--methods", "target,sd", "--output"]
-    fit = ["calibrate", "killed", "--dataset", "tiny", "--limit", "30", "--k", "2"]
+    fit = ["calibrate", "killed", "--data", str(folder / "erring.jsonl"), "--k", "2"]
+    fit += ["--fields", "problem=problem,answer=answer"]
     return {
         "solve --problems": Scenario(
             lambda place: [*solve, str(place / "out")],
@@ -241,13 +253,13 @@ def main(kills: int, seed: int, names: tuple[str, ...]) -> None:
     is_fine = True
     with tempfile.TemporaryDirectory() as kept, hub() as address:
         folder = Path(kept)
-        (folder / "problems.txt").write_text("\n".join(texts(12)))
+        write_problems(folder)
         # The library that downloads reads these as it is imported.
         os.environ.update(
             HF_ENDPOINT=address, HF_HUB_CACHE=str(folder / "place" / "hub"), HF_HUB_OFFLINE="0"
         )
         (folder / "place").mkdir()
-        for name, scenario in scenarios(folder / "problems.txt").items():
+        for name, scenario in scenarios(folder).items():
             if names and name not in names:
                 continue
             scratch = Path(tempfile.mkdtemp(dir=folder))
