@@ -15,7 +15,8 @@ TOOLS = frozenset({"add", "find"})
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2]}}\n</tool_call>'
 TEXTS = st.text("ab<", max_size=20) | st.text(max_size=20)
 BARE = '{"name": "add"}'
-PARTS = ("<tool_call>", "</tool_call>", "{", CALL, "a", " ", "\n", "<", BARE, "```json\n", "\n```", "```")
+FENCES = ("```json\n", "\n```", "```")
+PARTS = ("<tool_call>", "</tool_call>", "{", CALL, "a", " ", "\n", "<", BARE, *FENCES)
 
 
 def step(text: str) -> StepRecord:
