@@ -170,14 +170,16 @@ def why_not_fused(model: PreTrainedModel) -> str | None:
 
 def why_config_not_fused(config: Mapping[str, Any]) -> str | None:
     """The same by a config alone."""
-    if config.get("model_type") not in {kind.config_class.model_type for kind in _FUSED}:
+    if config.get("model_type") not in [kind.config_class.model_type for kind in _FUSED]:
         return f"fused layers do not know {config.get('model_type')} models"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    layer_types = config.get("layer_types") or ["full_attention"]
+    if not isinstance(rope, Mapping) or not isinstance(layer_types, list):
+        return "its config is of another form"  # which is for transformers to refuse
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in _ROPE_TYPES:
         return f"fused layers do not know {kind} positions"
-    layer_types = set(config.get("layer_types") or ["full_attention"])
-    if layer_types != {"full_attention"} or config.get("hidden_act") != "silu":
+    if any(each != "full_attention" for each in layer_types) or config.get("hidden_act") != "silu":
         return "fused layers have full attention and SiLU throughout"
     return None
 
