@@ -253,11 +253,19 @@ def test_a_disk_that_fills_in_mid_run_loses_nothing_that_was_finished(
 
 
 def result_of(row: dict[str, Any]) -> str:
-    """What does not depend on the clock, or on what else a process holds."""
+    """What does not depend on the clock, on what else a process holds, or on rounding in a batch."""
     return json.dumps(
         {
-            name: [result_of(step) for step in value] if name == "steps" else value
+            name: [result_of(step) for step in value] if name == "steps" else rounded(value)
             for name, value in row.items()
             if "seconds" not in name and name not in ("stats", "peak_mebibytes")
         }
     )
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return round(value, 3) if isinstance(value, float) else value
