@@ -253,7 +253,7 @@ def test_a_disk_that_fills_in_mid_run_loses_nothing_that_was_finished(
 
 
 def result_of(row: dict[str, Any]) -> str:
-    """What does not depend on the clock, on what else a process holds, or on rounding in a batch."""
+    """What does not depend on the clock, on what else a process holds, or on rounding."""
     return json.dumps(
         {
             name: [result_of(step) for step in value] if name == "steps" else rounded(value)
