@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from itertools import islice
@@ -382,6 +382,37 @@ def test_ctrl_c_as_an_event_loop_comes_or_goes_leaves_none_open(
     assert loops
     assert all(loop.is_closed() for loop in loops)
     assert not draft.held | target.held
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_just_before_an_item_is_begun_closes_the_items(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The item is asked for, and nobody waits for it any more."""
+    made = []
+
+    async def items() -> AsyncGenerator[int]:
+        try:
+            for number in range(3):
+                made.append(number)
+                await asyncio.sleep(0.01)
+                yield number
+        finally:
+            made.append(-1)
+
+    create = asyncio.BaseEventLoop.create_task
+
+    def interrupted(loop: asyncio.BaseEventLoop, *arguments: Any, **more: Any) -> Any:
+        task = create(loop, *arguments, **more)
+        if made == [0]:
+            monkeypatch.undo()
+            signal.raise_signal(signal.SIGINT)
+        return task
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "create_task", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(drain(items()))
+    assert made[-1] == -1
 
 
 def test_the_clock_runs_while_a_problem_is_solved() -> None:

@@ -117,7 +117,7 @@ def drain(items: AsyncGenerator[T]) -> Generator[T]:
                     return
                 yield item
         finally:
-            runner.run(items.aclose())
+            runner.run(_close(items))
 
 
 async def _end_tasks() -> None:
@@ -126,6 +126,12 @@ async def _end_tasks() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _close(items: AsyncGenerator[Any]) -> None:
+    # An item asked for just as an interruption came would be begun beside the closing.
+    await _end_tasks()
+    await items.aclose()
 
 
 async def _next(items: AsyncGenerator[T]) -> T:
