@@ -6,23 +6,24 @@ and methods.
 
 import json
 import lzma
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
 
+from recipes.real_pair.lines import Record, read_lines
 from specguard.bench.runner import FILE_NAME
 from specguard.files import write_atomically
 
 FOLDER = Path(__file__).parent
 _MODELS = {"draft": "coder-0.5b", "target": "coder-1.5b"}
+_OF_DATA = ("problem", "gold")
 
 
-def packed(lines: Iterable[str]) -> bytes:
+def packed(lines: Sequence[Record]) -> bytes:
     """The lines of a run, compressed, without places of models and what the data set says."""
-    head, *rows = map(json.loads, lines)
-    for row in rows:
-        del row["problem"], row["gold"]
+    head, *rows = lines
+    rows = [{name: row[name] for name in row if name not in _OF_DATA} for row in rows]
     content = "".join(json.dumps(row) + "\n" for row in [head | _MODELS, *rows])
     return lzma.compress(content.encode())
 
@@ -46,7 +47,7 @@ def main() -> None:
 @click.option("--output", type=click.Path(exists=True, path_type=Path), required=True)
 def keep(name: str, output: Path) -> None:
     """Store the run in the folder OUTPUT under NAME, such as gsm8k_test."""
-    content = packed((output / FILE_NAME).read_text().splitlines())
+    content = packed(read_lines(output / FILE_NAME))
     write_atomically(FOLDER / f"{name}.jsonl.xz", content)
     click.echo(f"{len(content)} bytes")
 
@@ -62,8 +63,7 @@ def restore(name: str, pair: Path, data: Path, output: Path, fields: tuple[str, 
     if (output / FILE_NAME).exists():
         raise click.ClickException(f"{output} holds a run")
     output.mkdir(parents=True, exist_ok=True)
-    rows = map(json.loads, data.read_text().splitlines())
-    asked = [(row[fields[0]], row[fields[1]]) for row in rows]
+    asked = [(row[fields[0]], row[fields[1]]) for row in read_lines(data)]
     content = (FOLDER / f"{name}.jsonl.xz").read_bytes()
     lines = [line + "\n" for line in unpacked(content, pair, asked)]
     write_atomically(output / FILE_NAME, "".join(lines).encode())

@@ -19,7 +19,7 @@ def test_a_run_comes_back_without_the_data_set_in_the_repository() -> None:
         for index, asked in reversed(list(enumerate(ASKED)))
     ]
     places = [{"draft": f"{at}/coder-0.5b", "target": f"{at}/coder-1.5b"} for at in "ab"]
-    content = runs.packed(json.dumps(row) for row in [HEAD | places[0], *rows])
+    content = runs.packed([HEAD | places[0], *rows])
     stored = lzma.decompress(content).decode()
     assert "2 + 2" not in stored
     assert "####" not in stored
