@@ -1,7 +1,9 @@
 """Other people's clients against the server, unchanged: ``python -m benchmarks.clients --help``.
 
 Each is a command line of its own, from this environment or from ``--bin``, where they are installed
-without us.
+without us. Of a real pair, with problems of its own::
+
+    python -m benchmarks.clients lm_eval --draft DRAFT --target TARGET --data gsm8k/test.jsonl
 """
 
 import json
@@ -9,7 +11,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +19,7 @@ from tempfile import TemporaryDirectory
 import click
 
 from benchmarks.served import Server, fitting, started
+from specguard.bench.datasets import load_dataset
 from specguard.bench.tables import as_table
 
 _TASK = """\
@@ -69,12 +72,9 @@ def by_llm(server: Server, folder: Path, run: Run) -> str:
     return run(command, {"LLM_USER_PATH": str(folder)})
 
 
-def by_lm_eval(server: Server, folder: Path, run: Run, count: int = 50) -> str:
-    """The evaluation harness on some word problems, four at a time."""
+def by_lm_eval(server: Server, folder: Path, run: Run) -> str:
+    """The evaluation harness on the problems in ``data.jsonl``, four at a time."""
     data, task = folder / "data.jsonl", folder / "word_problems.yaml"
-    problems = islice(fitting(), count)
-    lines = [json.dumps({"question": each.text, "answer": str(each.answer)}) for each in problems]
-    data.write_text("\n".join(lines))
     task.write_text(_TASK.format(data=data))
     url = f"{server.url}/v1/chat/completions"
     command = ["lm_eval", "run", "--model", "local-chat-completions", "--apply_chat_template"]
@@ -82,7 +82,18 @@ def by_lm_eval(server: Server, folder: Path, run: Run, count: int = 50) -> str:
     command += ["--tasks", "word_problems", "--include_path", str(folder)]
     own = {"HF_HOME": str(folder), "HF_DATASETS_OFFLINE": "1", "OPENAI_API_KEY": "none"}
     match = re.search(r"exact_match\D*([\d.]+)", run(command, own))
+    count = len(data.read_text().splitlines())
     return f"{count} problems, {match.group(1)} of them right" if match else "no figure"
+
+
+def problems_of(data: Path | None) -> Iterator[dict[str, str]]:
+    """Questions and answers: GSM8K's, or of the built-in pair's language."""
+    if data is not None:
+        for item in load_dataset("gsm8k", data).items:
+            yield {"question": item.problem, "answer": item.answer}
+        return
+    for each in fitting():
+        yield {"question": each.text, "answer": str(each.answer)}
 
 
 CLIENTS = {"curl": by_curl, "openai": by_openai, "llm": by_llm, "lm_eval": by_lm_eval}
@@ -112,13 +123,34 @@ def _runner(folders: list[str]) -> Run:
 @click.command(context_settings={"show_default": True})
 @click.option("--backend", default="cpu")
 @click.option("--bin", "folders", multiple=True, help="Folder of clients' command lines.")
+@click.option("--draft", help="In place of the built-in pair's.")
+@click.option("--target", help="In place of the built-in pair's.")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="GSM8K as JSONL, in place of problems of the built-in pair.",
+)
+@click.option("--limit", default=50, help="Problems for lm_eval.")
 @click.argument("names", nargs=-1, type=click.Choice(list(CLIENTS)))
-def main(backend: str, folders: tuple[str, ...], names: tuple[str, ...]) -> None:
+def main(
+    backend: str,
+    folders: tuple[str, ...],
+    draft: str | None,
+    target: str | None,
+    data: Path | None,
+    limit: int,
+    names: tuple[str, ...],
+) -> None:
     """Try clients, all of them or those of these NAMES; exit 1 where one fails."""
     rows, has_failed = [], False
-    with started(["--backend", backend, "--no-fallback"]) as server:
+    models = ["--models", "tiny"]
+    if draft is not None and target is not None:
+        models = ["--draft", draft, "--target", target, "--served-name", "tiny"]
+    problems = [json.dumps(each) for each in islice(problems_of(data), limit)]
+    with started(["--backend", backend, "--no-fallback"], models) as server:
         for name in names or CLIENTS:
             with TemporaryDirectory() as folder:
+                (Path(folder) / "data.jsonl").write_text("\n".join(problems))
                 try:
                     said = CLIENTS[name](server, Path(folder), _runner(list(folders)))
                     outcome = " ".join(said.split())[-60:]

@@ -58,14 +58,16 @@ class Reply:
 
 
 @contextmanager
-def started(arguments: Sequence[str]) -> Iterator[Server]:
-    """A server of the built-in pair on a free port, until the block is left.
+def started(
+    arguments: Sequence[str], models: Sequence[str] = ("--models", "tiny")
+) -> Iterator[Server]:
+    """A server on a free port, until the block is left; of the built-in pair unless told otherwise.
 
     Raises:
         SpecguardError: it does not start.
     """
-    command = [sys.executable, "-m", "specguard", "serve", "--models", "tiny", "--port", "0"]
-    process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "specguard", "serve", *models, "--port", "0", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     reading = threading.Thread(target=lambda: list(process.stderr or ()), daemon=True)
     try:

@@ -104,16 +104,24 @@ async def score(
 ) -> list[Record]:
     """What one model says of one position's labelled steps."""
     key, continuations = labels[0]["problem"], tuple(tuple(row["token_ids"]) for row in labels)
-    job = ScoreJob(key=key, prefix=prefix, continuations=continuations, distributions=RAW)
-    rows: list[Record] = [
-        dict(token_values(token_ids, seen))
-        for token_ids, seen in zip(continuations, await engine.score(job), strict=True)
-    ]
-    for sources in SOURCES if key % ATTENTION_EVERY == 0 else ():
-        capture = Capture(source_mask(prompt, len(prefix), sources), max(NUM_LAYERS))
-        job = ScoreJob(key=key, prefix=prefix, continuations=continuations, capture=capture)
-        for row, seen in zip(rows, await engine.score(job), strict=True):
-            row[sources] = grounding_values(seen, bool(capture.is_source[-1]))
+    rows: list[Record] = [{} for _ in labels]
+    has_attention = key % ATTENTION_EVERY == 0
+    for sources in SOURCES if has_attention else SOURCES[:1]:
+        capture = None
+        if has_attention:
+            capture = Capture(source_mask(prompt, len(prefix), sources), max(NUM_LAYERS))
+        job = ScoreJob(
+            key=key,
+            prefix=prefix,
+            continuations=continuations,
+            capture=capture,
+            distributions=None if rows[0] else RAW,
+        )
+        for row, token_ids, seen in zip(rows, continuations, await engine.score(job), strict=True):
+            if not row:
+                row.update(token_values(token_ids, seen))
+            if capture is not None:
+                row[sources] = grounding_values(seen, bool(capture.is_source[-1]))
     return rows
 
 
@@ -127,7 +135,8 @@ async def score(
     required=True,
     help="Folder with the collected steps.",
 )
-def main(pair: Path, output: Path) -> None:
+@click.option("--dtype", default="auto", show_default=True, help="What suits the processor.")
+def main(pair: Path, output: Path, dtype: str) -> None:
     """Write the signals on the labels in the folder OUTPUT."""
     # Here, so that the rest can be imported where there is no torch.
     from specguard.backends.pytorch.loading import load_model
@@ -141,8 +150,8 @@ def main(pair: Path, output: Path) -> None:
     rest = to_do(read_lines(output / "labels.jsonl"), signals.records)
     click.echo(f"{len(rest)} labels")
     engines = {
-        "target": load_model(str(pair / "coder-1.5b"), dtype="bfloat16"),
-        "draft": load_model(str(pair / "coder-0.5b"), dtype="bfloat16"),
+        "target": load_model(str(pair / "coder-1.5b"), dtype=dtype),
+        "draft": load_model(str(pair / "coder-0.5b"), dtype=dtype),
     }
     tokenizer = engines["target"].tokenizer
     began, num_done = time.monotonic(), 0
