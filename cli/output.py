@@ -15,7 +15,7 @@ from specguard.core import Progress as Event
 from specguard.core.config import Method, SolveConfig
 from specguard.core.records import Solution, StepRecord
 from specguard.loading import Choice
-from specguard.wording import acceptance, is_same_text, label, misfit, no_answer, verdict
+from specguard.wording import acceptance, drafted, label, misfit, no_answer, verdict
 
 _STYLES = {"accepted": "green", "rewritten": "yellow", "plain": "cyan"}
 
@@ -120,8 +120,8 @@ class Reporter:
         said = verdict(step, config) or f"{step.num_tokens} tokens"
         heading = Text.assemble((f"[{step.index + 1}] {label(step)}", style), (f"  {said}", "dim"))
         self.out.print(heading)
-        if step.draft_text is not None and not is_same_text(step):
-            draft = " ".join(step.draft_text.split()) or "(nothing)"
+        if (draft := drafted(step)) is not None:
+            draft = " ".join(draft.split()) or "(nothing)"
             self.out.print(Text(f"draft: {draft}", style="dim strike"))
         self.out.print(Text(step.text.strip()))
 

@@ -27,6 +27,13 @@ def is_same_text(step: StepRecord) -> bool:
     return step.draft_text is not None and step.draft_text.strip() == step.text.strip()
 
 
+def drafted(step: StepRecord) -> str | None:
+    """What the draft wrote of a step that the target wrote otherwise."""
+    if step.draft_text is None or is_same_text(step):
+        return None
+    return step.draft_text.strip() + (" …" if step.is_given_up else "")
+
+
 def decisive(config: SolveConfig) -> str | None:
     """What a step's score is: one signal's, the reward, the ensemble's; None where none decides."""
     if config.method == "rsd":

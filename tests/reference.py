@@ -212,12 +212,17 @@ class ReferenceEngine:
         token_ids: list[int] = []
         distributions = []
         finish = None
+        confidence = 1.0
         while finish is None:
             await asyncio.sleep(0)
-            probs = self.distribution([*job.prefix, *token_ids], job.sampling)
+            logits = self._pass([*job.prefix, *token_ids]).logits[-1]
+            probs = warp(logits, job.sampling)
             distributions.append(probs)
             token_ids.append(draw(probs, float(uniforms[len(token_ids)])))
             finish = scanner.feed(token_ids[-1])
+            confidence *= softmax(logits)[token_ids[-1]]
+            if finish is None and confidence < job.least_confidence:
+                finish = "length"
         seen = self._pass([*job.prefix, *token_ids])
         rows = slice(len(job.prefix) - 1, -1)
         return Candidate(

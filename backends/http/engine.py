@@ -35,6 +35,7 @@ from specguard.core.text import PieceTable, StepScanner
 T = TypeVar("T")
 
 _REASON = "a server hands out tokens and their log-probabilities"
+_UNENDED = "a request ends by its texts and its length alone"
 _LACKS: tuple[Feature, ...] = (
     "attention",
     "hidden states",
@@ -67,6 +68,7 @@ class HttpEngine:
     ) -> None:
         self.name, self.tokenizer, self.context_limit = name, tokenizer, context_limit
         self.reasons: dict[Feature, str] = dict.fromkeys(_LACKS, _REASON)
+        self.reasons["confidence"] = _UNENDED
         self.reasons["exact randomness"] = "a server draws by a randomness of its own, from a seed"
         if dialect.why_not_scored is not None:
             self.reasons |= {"scoring": dialect.why_not_scored, "choices": dialect.why_not_scored}

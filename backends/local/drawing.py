@@ -4,9 +4,10 @@ Each job is a row of the pass and its candidates are leaves of a tree. Who comes
 pass, who is done leaves.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from math import inf, log
 
 import numpy as np
 
@@ -23,10 +24,15 @@ PREFILL_CHUNK = 2048  # tokens of a prefix that are forwarded at a time
 
 @dataclass(slots=True, eq=False)
 class _Draft:
-    """A candidate in the making: its tokens, the columns of its KV, what follows it."""
+    """A candidate in the making: its tokens, the columns of its KV, what follows it.
+
+    It ends with the token by which ``total``, its log-probability, falls below ``least``.
+    """
 
     scanner: StepScanner
     uniforms: FloatArray
+    least: float
+    total: float = 0.0
     token_ids: list[int] = field(default_factory=list)
     finish: CandidateFinish | None = None
     columns: list[int] = field(default_factory=list)
@@ -89,8 +95,9 @@ class Drawing:
     def add(self, job: GenerateJob, kept: KeptSequence) -> DrawnJob:
         """A job joins; until it is done or dropped, nothing else may use what is kept."""
         assert job.uniforms is not None
+        least = log(job.least_confidence) if job.least_confidence else -inf
         drafts = {
-            next(self._numbers): _Draft(StepScanner(self._pieces, job.boundary), row)
+            next(self._numbers): _Draft(StepScanner(self._pieces, job.boundary), row, least)
             for row in job.uniforms
         }
         self._drafts |= drafts
@@ -128,7 +135,7 @@ class Drawing:
         if self._layer.reads_late:
             self._read_late(token_ids, drafts)
         else:
-            self._read(token_ids)
+            self._read(token_ids, drafts)
         done = [job for job in self._jobs if not job.alive]
         self._leave(done)
         return done
@@ -242,15 +249,25 @@ class Drawing:
         job.tree = CandidateTree(len(prefix), kept.num_columns, not self._layer.reads_late)
         job.alive = [(0, number) for number in job.drafts]
 
-    def _read(self, token_ids: Array) -> None:
+    def _drawn(self, token_ids: Array, drafts: Sequence[_Draft]) -> Iterator[tuple[int, float]]:
+        """Tokens and their log-probabilities, which are looked at where a candidate ends by them.
+
+        Else they are described later, those of many passes in one go.
+        """
+        read = self._layer.read(token_ids)
+        is_watched = any(draft.least > -inf for draft in drafts)
+        logprobs = self._log.newest().tolist() if is_watched else [0.0] * len(read)
+        return zip(read, logprobs, strict=True)
+
+    def _read(self, token_ids: Array, drafts: Sequence[_Draft]) -> None:
         """Read what was drawn; who goes on is a leaf of the next pass."""
-        drawn = iter(self._layer.read(token_ids))
+        drawn = self._drawn(token_ids, drafts)
         for job in self._jobs:
             assert job.tree is not None
             going_on = []
             for leaf, number in job.alive:
-                token_id, draft = next(drawn), self._drafts[number]
-                if _take(draft, token_id):
+                (token_id, logprob), draft = next(drawn), self._drafts[number]
+                if _take(draft, token_id, logprob):
                     going_on.append((leaf, token_id, number))
                 else:
                     draft.columns = job.tree.columns_of(leaf)
@@ -271,14 +288,14 @@ class Drawing:
             job.num_drawn += 1
         if not all(draft.is_at_its_last for draft in drafts):
             self._outputs, self._firsts = self._forward(self._jobs, token_ids)
-        drawn = iter(self._layer.read(token_ids))
+        drawn = self._drawn(token_ids, drafts)
         firsts = self._firsts or [0] * len(self._jobs)
         for job, first in zip(self._jobs, firsts, strict=True):
             assert job.tree is not None
             going_on = []
             for leaf, number in job.alive:
                 draft = self._drafts[number]
-                if _take(draft, next(drawn)):
+                if _take(draft, *next(drawn)):
                     going_on.append((leaf, number))
                     continue
                 draft.columns = job.tree.columns_of(leaf)
@@ -328,8 +345,11 @@ def not_finite(name: str) -> SpecguardError:
     )
 
 
-def _take(draft: _Draft, token_id: int) -> bool:
+def _take(draft: _Draft, token_id: int, logprob: float) -> bool:
     """Append a token; whether the candidate goes on."""
     draft.token_ids.append(token_id)
+    draft.total += logprob
     draft.finish = draft.scanner.feed(token_id)
+    if draft.finish is None and draft.total < draft.least:
+        draft.finish = "length"
     return draft.finish is None

@@ -66,6 +66,12 @@ class DrawLog:
         if self._num_waiting > self._layer.most_waiting_logits:
             self._describe()
 
+    def newest(self) -> FloatArray:
+        """Log-probabilities of the tokens of the last pass, once they are there."""
+        self._describe()
+        part = self._described[-1]
+        return self._layer.numpy(part.logprobs)[-len(part.passes[-1].numbers) :]
+
     def take(self, numbers: Sequence[int], others: Collection[int]) -> Drawn:
         """What was drawn for some candidates; only that of ``others`` is kept from then on."""
         self._describe()

@@ -35,6 +35,7 @@ _REASONS: Mapping[Feature, str] = {
     "hidden states": "vLLM hands out tokens and log-probabilities, no states",
     "entropy": "vLLM hands out the log-probabilities of single tokens",
     "distributions": "vLLM hands out the log-probabilities of single tokens",
+    "confidence": "a request of vLLM ends by its texts and its length alone",
     "exact randomness": "vLLM draws by a randomness of its own, from a seed",
 }
 

@@ -39,6 +39,8 @@ TARGET_SELECTOR = "target"
 SENTENCE_TRANSFORMERS = "sentence-transformers:"
 ATTENTION_SIGNALS = frozenset({"grounding", "grounding_mean", "sink_mass"})
 ENTROPY_SIGNALS = frozenset({"entropy_mean", "entropy_max"})
+# The course of a signal with every further token of a step: downwards (1) or upwards (-1).
+_COURSES = {"log_prob": 1, "log_prob_sum": 1, "log_prob_numbers": 1, "entropy_max": -1}
 
 
 def ensemble_weights(beta: float) -> dict[str, float]:
@@ -156,6 +158,15 @@ class VerifierConfig:
     def asks_target(self) -> bool:
         """Whether the target has to read the draft's steps."""
         return self.needs_model and self.model == "target"
+
+    @property
+    def can_only_fall(self) -> bool:
+        """Whether no further token of a step raises its score."""
+        for name, weight in self.weights.items():
+            low, high = self.bounds_of(name)
+            if weight > 0 and (high - low) * _COURSES.get(name, 0) <= 0:
+                return False
+        return True
 
     @property
     def is_calibrated(self) -> bool:

@@ -13,6 +13,7 @@ from specguard.core.config import Author, SolveConfig, VerifierConfig
 from specguard.core.engine import (
     Boundary,
     Candidate,
+    CandidateFinish,
     Capture,
     Engine,
     FloatArray,
@@ -27,7 +28,14 @@ from specguard.core.engine_checks import check_candidates, check_observations
 from specguard.core.grounding import source_mask
 from specguard.core.progress import Announcer, Observer
 from specguard.core.randomness import Purpose, job_seed, uniforms
-from specguard.core.text import END_THINK, THINK, PieceTable, after_thinking, opens_code_block
+from specguard.core.text import (
+    END_THINK,
+    THINK,
+    PieceTable,
+    StepScanner,
+    after_thinking,
+    opens_code_block,
+)
 
 _NUM_OPENING = 16  # tokens that show whether a text begins with thinking
 
@@ -107,6 +115,10 @@ class ProblemContext:
         seed = self.config.seed
         return uniforms(seed, self._problem, purpose, self.step, num_candidates, count)
 
+    def reader(self, begun: tuple[int, ...] = ()) -> "StepReader":
+        """Reads the step in hand, or the rest of one that is begun, to its end."""
+        return StepReader(self, begun)
+
     async def generate(
         self,
         author: Author,
@@ -122,7 +134,6 @@ class ProblemContext:
         purpose = Purpose.DRAFT if author == "draft" else Purpose.REWRITE
         num_drawn = first_candidate + num_candidates
         draws = self.draws(purpose, num_drawn, boundary.max_tokens)[first_candidate:]
-        listener = self.announcer.listener(author, first_candidate)
         job = GenerateJob(
             key=self._keys[author],
             prefix=self.token_ids,
@@ -133,8 +144,40 @@ class ProblemContext:
             uniforms=draws,
             first_candidate=first_candidate,
             hidden_states=embeddings,
-            on_tokens=listener,
         )
+        return await self._generate(author, job)
+
+    async def draft_on(
+        self, sampling: Sampling, drafted: tuple[int, ...], most: int, least_confidence: float
+    ) -> tuple[Candidate, bool]:
+        """``most`` further tokens of a draft's step of which ``drafted`` is there; is that all?
+
+        Fewer where the draft's confidence in them falls below ``least_confidence``. Drawn in parts,
+        a step is what it would be in one.
+        """
+        boundary = self.boundary(drafted, len(drafted))
+        num_drawn, num_tokens = len(drafted), min(most, boundary.max_tokens)
+        draws = self.draws(Purpose.DRAFT, 1, num_drawn + num_tokens)[:, num_drawn:]
+        seed = job_seed(self.config.seed, self._problem, Purpose.DRAFT, self.step, 0)
+        job = GenerateJob(
+            key=self._keys["draft"],
+            prefix=self.token_ids + drafted,
+            sampling=sampling,
+            boundary=replace(boundary, max_tokens=num_tokens),
+            seed=(seed + num_drawn) % 2**63,
+            uniforms=draws,
+            least_confidence=least_confidence,
+        )
+        [part] = await self._generate("draft", job)
+        is_whole = part.finish == "eos" or len(part.token_ids) == boundary.max_tokens
+        if part.finish == "delimiter":
+            is_whole = is_whole or not self.is_code_open(drafted + part.token_ids)
+        return part, is_whole
+
+    async def _generate(self, author: Author, job: GenerateJob) -> list[Candidate]:
+        """The candidates of a job, blocks of code kept whole; the observer is told of them."""
+        listener = self.announcer.listener(author, job.first_candidate)
+        job = replace(job, on_tokens=listener)
         candidates = await self.run(author, job)
         if listener is not None:
             listener.finish(candidates)
@@ -194,14 +237,15 @@ class ProblemContext:
         capture: Capture | None = None,
         distributions: Sampling | None = None,
         choices: bool = False,
+        drafted: tuple[int, ...] = (),
     ) -> list[Observation]:
-        """What one model says of continuations of the text."""
+        """What one model says of continuations of the text, and of a draft's step so far."""
         if author == "target":
             self._saw(len(self.token_ids))
             self.num_verified_tokens += sum(map(len, continuations))
         job = ScoreJob(
             key=self._keys[author],
-            prefix=self.token_ids,
+            prefix=self.token_ids + drafted,
             continuations=tuple(continuations),
             capture=capture,
             distributions=distributions,
@@ -243,6 +287,27 @@ class ProblemContext:
         self._num_known = max(self._num_known, length)
 
 
+class StepReader:
+    """Says where a step ends that comes token by token; a block of code is kept whole."""
+
+    __slots__ = ("_context", "_num_left", "_scanner", "_token_ids", "boundary")
+
+    def __init__(self, context: ProblemContext, begun: tuple[int, ...]) -> None:
+        self.boundary = context.boundary(begun)
+        self._context, self._token_ids = context, list(begun)
+        self._num_left = self.boundary.max_tokens
+        self._scanner = StepScanner(context.pieces, self.boundary)
+
+    def feed(self, token_id: int) -> CandidateFinish | None:
+        """How the step ends with this token, or None where it goes on."""
+        self._token_ids.append(token_id)
+        self._num_left -= 1
+        finish = self._scanner.feed(token_id)
+        if finish == "delimiter" and self._context.is_code_open(self._token_ids):
+            return None if self._num_left else "length"
+        return finish
+
+
 def joined(first: Candidate, rest: Candidate, text: str) -> Candidate:
     """One candidate of two that follow each other; ``text`` is that of all tokens."""
     n, m = len(first.token_ids), len(rest.token_ids)
@@ -257,6 +322,19 @@ def joined(first: Candidate, rest: Candidate, text: str) -> Candidate:
         concatenated(first.token_entropies, rest.token_entropies),
         embedding,
         concatenated(first.distributions, rest.distributions),
+    )
+
+
+def both_seen(first: Observation, rest: Observation) -> Observation:
+    """One observation of a continuation that was scored in two parts, without its attention."""
+    choices = None
+    if first.choices is not None and rest.choices is not None:
+        choices = first.choices[:-1] + rest.choices
+    return Observation(
+        np.concatenate([first.token_logprobs, rest.token_logprobs]),
+        np.concatenate([first.is_first_choice, rest.is_first_choice]),
+        concatenated(first.token_entropies, rest.token_entropies),
+        choices=choices,
     )
 
 

@@ -25,6 +25,7 @@ OnTokens = Callable[[int, tuple[int, ...]], None]
 # What an engine can do beyond the required. "scoring": it observes given tokens, which only a
 # draft can do without. "choices": it says what it would have written in their place. "exact
 # randomness": tokens follow the job's uniforms, so that every such engine draws the same.
+# "confidence": it ends a candidate where the job says so of how probable it is.
 Feature = Literal[
     "scoring",
     "choices",
@@ -33,6 +34,7 @@ Feature = Literal[
     "entropy",
     "exact randomness",
     "distributions",
+    "confidence",
 ]
 ALL_FEATURES: frozenset[Feature] = frozenset(get_args(Feature))
 
@@ -144,12 +146,16 @@ class GenerateJob:
             further ones, and any of them may be continued.
         hidden_states: whether candidates need an ``embedding``.
         distributions: whether candidates need their ``distributions``.
+        least_confidence: a candidate ends, as at its cap, with the token by which the product of
+            its tokens' probabilities (temperature 1) falls below; 0: never. Engines without the
+            feature go on.
         on_tokens: who listens while candidates are drawn. A hint: an engine may call it late, with
             many tokens or not at all, in the thread of its caller and before the job is done. It
             never takes tokens back. What a call raises is the outcome of the job.
 
     Raises:
-        ValueError: no prefix, no candidates, or uniforms of another shape.
+        ValueError: no prefix, no candidates, uniforms of another shape, or a confidence that is no
+            probability.
     """
 
     key: Hashable
@@ -162,12 +168,15 @@ class GenerateJob:
     first_candidate: int = 0
     hidden_states: bool = False
     distributions: bool = False
+    least_confidence: float = 0.0
     on_tokens: OnTokens | None = None
 
     def __post_init__(self) -> None:
         _check_prefix(self.prefix)
         if self.num_candidates < 1:
             raise ValueError("a step needs at least one candidate")
+        if not 0 <= self.least_confidence < 1:
+            raise ValueError(f"a confidence lies in [0, 1), not {self.least_confidence}")
         shape = self.num_candidates, self.boundary.max_tokens
         if self.uniforms is not None and self.uniforms.shape != shape:
             raise ValueError(f"uniforms must have shape {shape}, not {self.uniforms.shape}")

@@ -93,16 +93,17 @@ class Fallback:
         num_read: int,
         num_tokens: int,
         num_rewritten: int,
+        num_passes: int = 1,
     ) -> None:
         """A step of ``num_tokens`` was drafted, ``num_rewritten`` of which the target wrote.
 
-        The longest of the candidates had ``num_longest`` tokens; ``num_read`` were verified.
+        The longest of the candidates had ``num_longest`` tokens; ``num_read`` were verified, in
+        ``num_passes``.
         """
         if self._cost is None:
             return
-        spent = (
-            self._cost.of_step(num_candidates, num_longest, num_read) + num_rewritten * self.pace
-        )
+        spent = self._cost.of_step(num_candidates, num_longest, num_read)
+        spent += (num_passes - 1) * self._cost.verification + num_rewritten * self.pace
         self._credit += 1 - spent / (num_tokens * self.pace)
         if self._credit >= _CREDIT:
             self._credit, self._pause = _CREDIT, _FIRST_PAUSE

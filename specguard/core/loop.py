@@ -12,7 +12,7 @@ import numpy as np
 
 from specguard.core.checks import check_problem
 from specguard.core.config import TARGET_SELECTOR, Author, SolveConfig
-from specguard.core.context import ProblemContext, concatenated
+from specguard.core.context import ProblemContext, both_seen, joined
 from specguard.core.engine import (
     Candidate,
     Capture,
@@ -21,17 +21,21 @@ from specguard.core.engine import (
     Sampling,
 )
 from specguard.core.errors import SpecguardError
-from specguard.core.fallback import Fallback
+from specguard.core.fallback import TYPICAL_STEP, Fallback
 from specguard.core.pairing import Pair
 from specguard.core.progress import Observer
 from specguard.core.randomness import problem_key
 from specguard.core.recorder import Recorder
 from specguard.core.records import Decision, Solution, StepRecord
 from specguard.core.reference import is_reference
-from specguard.core.selector import Embedder, best_verdict, distinct, select_medoid
+from specguard.core.selector import Embedder, Selection, best_verdict, distinct, select_medoid
 from specguard.core.speculation import Lookahead, write_by_guesses
 from specguard.core.step import StepState, WrittenStep
 from specguard.core.verifier import by_reward, verify
+
+# While a draft's step is read part by part: by how much confidence in a part the next one is
+# asked for, and the tokens of a part where the draft cannot say.
+_LEAST_CONFIDENCE, _PART = 0.15, 24
 
 
 class Solving:
@@ -74,7 +78,10 @@ class Solving:
                 "shorten the problem or choose a pair with a longer context",
             )
         self.recorder = Recorder(problem, self.context)
-        self.lookahead = Lookahead(config, pair.can_guess(config), shares_passes)
+        is_confident = "draft" in engines and "confidence" in engines["draft"].features
+        self.lookahead = Lookahead(config, pair.can_guess(config), shares_passes, is_confident)
+        self._most_unread = config.max_step_tokens if is_confident else _PART
+        self._knows_choices = "target" in engines and "choices" in engines["target"].features
         self.fallback = fallback_for(config)
         self.fallback.pace = self.lookahead.pace
         self._embed = embed
@@ -88,9 +95,12 @@ class Solving:
                 if self.is_alone:
                     yield await self.write_alone()
                     continue
-                step = await self.propose()
-                await self.select(step)
-                await self.verify(step)
+                if self.reads_along:
+                    step = await self.propose_and_read()
+                else:
+                    step = await self.propose()
+                    await self.select(step)
+                    await self.verify(step)
                 yield self.accept(step) if step.is_accepted else await self.rewrite(step)
         finally:
             self.context.release()
@@ -110,6 +120,60 @@ class Solving:
     def is_alone(self) -> bool:
         """Whether one model writes the next step and nothing judges it."""
         return not self.config.is_stepwise or self.fallback.is_on
+
+    @property
+    def reads_along(self) -> bool:
+        """Whether the target reads a step while it is drafted, to give it up once it is lost.
+
+        For a single candidate that no further token can save, where drafting half a step for
+        nothing costs more than a pass of the target.
+        """
+        config, cost = self.config, self.config.draft_cost
+        return (
+            config.method == "specguard"
+            and config.num_candidates == 1
+            and config.verifier.asks_target
+            and config.verifier.can_only_fall
+            and self.context.capture(config.verifier) is None
+            and cost is not None
+            and cost.candidate * TYPICAL_STEP / 2 > cost.verification
+            and not is_reference()
+        )
+
+    async def propose_and_read(self) -> StepState:
+        """One candidate, drafted and read part by part, as long as it may still pass."""
+        decode, pieces_of = self.context.tokenizer.decode, self.context.pieces_of
+        candidate, seen, is_whole = await self._next_part(())
+        num_passes = 1
+        while True:
+            verdict = verify(seen, None, 1.0, pieces_of(candidate), self.config.verifier)
+            if is_whole or not verdict.is_accepted:
+                break
+            part, more, is_whole = await self._next_part(candidate.token_ids)
+            text = decode(candidate.token_ids + part.token_ids)
+            candidate, seen = joined(candidate, part, text), both_seen(seen, more)
+            num_passes += 1
+        return StepState(
+            [candidate],
+            selection=Selection(0, (1.0,)),
+            verdict=verdict,
+            readings=[(candidate, seen)],
+            observation=seen,
+            num_passes=num_passes,
+            is_given_up=not is_whole,
+        )
+
+    async def _next_part(self, drafted: tuple[int, ...]) -> tuple[Candidate, Observation, bool]:
+        """More of a step that is begun, what the target says of it, and whether that is its end."""
+        with self.recorder.phase("propose"):
+            part, is_whole = await self.context.draft_on(
+                self.config.step_sampling, drafted, self._most_unread, _LEAST_CONFIDENCE
+            )
+        with self.recorder.phase("verify"):
+            [seen] = await self.context.score(
+                "target", [part.token_ids], choices=self._wants_choices, drafted=drafted
+            )
+        return part, seen, is_whole
 
     async def propose(self) -> StepState:
         """The draft's candidates for the next step: a few first, if so wished, then the others."""
@@ -188,7 +252,16 @@ class Solving:
         verifier = self.config.verifier
         capture = self.context.capture(verifier)
         token_ids = [candidate.token_ids for candidate in candidates]
-        return capture, await self.context.score(verifier.model, token_ids, capture)
+        wants_choices = self._wants_choices and verifier.model == "target"
+        return capture, await self.context.score(
+            verifier.model, token_ids, capture, choices=wants_choices
+        )
+
+    @property
+    def _wants_choices(self) -> bool:
+        """Whether a rewrite can begin with what the target would have written."""
+        is_kept = self.config.rewrite_sampling.is_greedy and not is_reference()
+        return self._knows_choices and is_kept
 
     def accept(self, step: StepState) -> StepRecord:
         """Keep the draft's step."""
@@ -214,21 +287,23 @@ class Solving:
         """What a rewrite begins with, and whether that is all of it.
 
         Of all that the target has read, these are the tokens that it found most probable, one after
-        the other: a greedy rewrite would only write them again.
+        the other, and its own choice in the place of the first that it did not: a greedy rewrite
+        would only write them again.
         """
         if not (step.readings and self.config.rewrite_sampling.is_greedy) or is_reference():
-            return WrittenStep((), "length", np.zeros(0), np.zeros(0)), False
+            return WrittenStep((), "length"), False
         candidate, seen = max(step.readings, key=lambda reading: reading[1].num_leading_choices)
         n = seen.num_leading_choices
-        entropies = seen.token_entropies
-        beginning = WrittenStep(
-            candidate.token_ids[:n],
-            candidate.finish,
-            seen.token_logprobs[:n],
-            None if entropies is None else entropies[:n],
-            num_reused=n,
-        )
-        return beginning, n == len(candidate.token_ids)
+        kept = candidate.token_ids[:n]
+        if n == len(candidate.token_ids) and not step.is_given_up:
+            return WrittenStep(kept, candidate.finish, num_reused=n), True
+        finish = None
+        if seen.choices is not None:
+            reader = self.context.reader()
+            kept += (seen.choices[n],)
+            for token_id in kept:
+                finish = reader.feed(token_id)
+        return WrittenStep(kept, finish or "length", num_reused=n), finish is not None
 
     async def write_alone(self) -> StepRecord:
         """The next step by one model, nothing judging it; "sd" lets the draft guess tokens."""
@@ -276,6 +351,7 @@ class Solving:
             num_read=sum(len(candidate.token_ids) for candidate in step.verified),
             num_tokens=record.num_tokens,
             num_rewritten=num_written if decision == "rewritten" else 0,
+            num_passes=step.num_passes,
         )
         return record
 
@@ -299,8 +375,6 @@ def _joined(beginning: WrittenStep, rest: WrittenStep) -> WrittenStep:
     return WrittenStep(
         beginning.token_ids + rest.token_ids,
         rest.finish,
-        concatenated(beginning.token_logprobs, rest.token_logprobs),
-        concatenated(beginning.token_entropies, rest.token_entropies),
         num_guessed=rest.num_guessed,
         num_kept=rest.num_kept,
         num_reused=beginning.num_reused,

@@ -92,6 +92,7 @@ class Recorder:
             num_reused=written.num_reused,
             is_fallback=is_fallback,
             num_spared=step.num_spared if step else 0,
+            is_given_up=step is not None and step.is_given_up,
         )
         self._seconds = {}
         self.steps.append(made)

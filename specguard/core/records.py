@@ -60,7 +60,8 @@ class StepRecord:
     ``num_reused`` tokens at the beginning of a rewritten step stand because the target, reading a
     rejected candidate, found that it would have written them itself. ``is_fallback`` marks a step
     that the target wrote because drafting did not pay; ``num_spared`` candidates were not drawn
-    because the first ones agreed.
+    because the first ones agreed. A step of the draft ``is_given_up`` where the target, reading
+    along, saw that no end could save it: ``draft_text``, signals and scores are of its beginning.
     """
 
     index: int
@@ -82,6 +83,7 @@ class StepRecord:
     num_reused: int = 0
     is_fallback: bool = False
     num_spared: int = 0
+    is_given_up: bool = False
 
     @property
     def is_accepted(self) -> bool:

@@ -20,10 +20,11 @@ from specguard.core.engine import (
 )
 from specguard.core.randomness import Purpose
 from specguard.core.step import WrittenStep
-from specguard.core.text import StepScanner
 
 _USUAL_GUESSES = 4  # tokens, of method "sd" where the cost is not known
 _MOST_GUESSES = 16
+_MOST_CONFIDENT_GUESSES = 32  # where the draft says when to stop
+_HIGHEST_CONFIDENCE = 0.95
 # As if so many guesses had been judged before the first one.
 _KEPT, _REJECTED = 17, 3
 
@@ -35,13 +36,23 @@ class Lookahead:
     tokens cheapest, by what drafting costs and by how many guesses were kept so far: none where
     rewrites are sampled, or a problem ``shares_passes`` with others. Without a cost, that is none,
     too, and in method "sd" the usual number.
+
+    Where the draft's ``is_confident`` (it has the feature "confidence"), a guess goes on for as
+    long as one more token is worth what it costs: the chance that all up to it is kept, for which
+    the draft's own probability stands, times what a token of the target costs otherwise.
     """
 
     def __init__(
-        self, config: SolveConfig, is_possible: bool = True, shares_passes: bool = False
+        self,
+        config: SolveConfig,
+        is_possible: bool = True,
+        shares_passes: bool = False,
+        is_confident: bool = False,
     ) -> None:
         self._cost = config.draft_cost
+        self._is_confident = is_confident
         self._num_kept, self._num_rejected = _KEPT, _REJECTED
+        self._spent = self._num_written = 0.0
         self._num_fixed = config.num_speculated if is_possible else 0
         if self._num_fixed is None and self._cost is None:
             self._num_fixed = _USUAL_GUESSES if config.method == "sd" else 0
@@ -51,23 +62,47 @@ class Lookahead:
             is_free = config.rewrite_sampling.is_greedy and not shares_passes
             self._num_fixed = self._num_fixed if is_free else 0
         self._least = 1 if config.method == "sd" else 0
+        if self._cost is not None and self._num_fixed is None and is_confident:
+            self._num_written = float(_KEPT + _REJECTED)
+            self._spent = self._num_written * self._token_cost(self._best_number)
 
     @property
     def num_ahead(self) -> int:
-        """Tokens that the next guess has; 0: the target writes alone."""
+        """Tokens that the next guess has at most; 0: the target writes alone."""
         if self._num_fixed is not None:
             return self._num_fixed
-        return min(range(self._least, _MOST_GUESSES + 1), key=self._token_cost)
+        if not self._is_confident:
+            return self._best_number
+        return _MOST_CONFIDENT_GUESSES if self.pace < 1 else self._least
+
+    @property
+    def least_confidence(self) -> float:
+        """By which the next guess ends, see `GenerateJob`; 0: it has all of its tokens."""
+        if self._num_fixed is not None or self._cost is None or not self._is_confident:
+            return 0.0
+        share = (self._cost.candidate + self._cost.reading) / self.pace
+        return min(_HIGHEST_CONFIDENCE, share)
 
     @property
     def pace(self) -> float:
         """What a token that the target writes so costs, in its decode steps."""
+        if self._num_fixed is None and self._is_confident:
+            pace = self._spent / self._num_written
+            return pace if self._least else min(1.0, pace)
         return self._token_cost(self.num_ahead)
 
     def saw(self, num_judged: int, num_kept: int) -> None:
         """Of a guess of ``num_judged`` tokens the target kept the first ones."""
         self._num_kept += num_kept
         self._num_rejected += num_kept < num_judged
+        if self._cost is not None:
+            self._spent += self._cost.of_step(1, num_judged, num_judged)
+            self._num_written += num_kept + 1
+
+    @property
+    def _best_number(self) -> int:
+        """Tokens of a guess by which a token costs least."""
+        return min(range(self._least, _MOST_GUESSES + 1), key=self._token_cost)
 
     def _token_cost(self, num_ahead: int) -> float:
         """By the tokens that a round is expected to write (Leviathan et al. 2023, equation 1)."""
@@ -91,8 +126,8 @@ async def write_by_guesses(
     3.5), and is part of the text when this returns. Where guesses cease to pay, the target writes
     the rest alone.
     """
-    boundary = context.boundary(begun)
-    scanner = StepScanner(context.pieces, boundary)
+    reader = context.reader(begun)
+    boundary = reader.boundary
     size = boundary.max_tokens + 1
     guessing, judging, correcting = (
         context.draws(purpose, 1, size)[0]
@@ -121,6 +156,7 @@ async def write_by_guesses(
                 boundary=replace(boundary, max_tokens=cap, begun=begun + tuple(token_ids)),
                 uniforms=guessing[np.newaxis, first : first + cap],
                 distributions=not sampling.is_greedy,
+                least_confidence=lookahead.least_confidence,
             ),
         )
         n = len(guess.token_ids)
@@ -136,9 +172,7 @@ async def write_by_guesses(
         num_guessed += n
         for token_id in kept_ids:
             token_ids.append(token_id)
-            finish = scanner.feed(token_id)
-            if finish == "delimiter" and context.is_code_open([*begun, *token_ids]):
-                finish = "length" if len(token_ids) == boundary.max_tokens else None
+            finish = reader.feed(token_id)
             if finish is not None:
                 break
         num_kept += min(num_accepted, len(token_ids) - first)

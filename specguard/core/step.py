@@ -13,7 +13,8 @@ class StepState:
 
     ``num_spared`` candidates were not drawn. ``verdicts`` are by index, of candidates that the
     target has scored to select; ``readings`` what the target has read, and what it saw there;
-    ``observation`` is of the selected candidate.
+    ``observation`` is of the selected candidate. One that was read while it was drafted has had
+    ``num_passes`` of the target; it ``is_given_up`` where no end could have saved it.
     """
 
     candidates: list[Candidate]
@@ -23,6 +24,8 @@ class StepState:
     verdicts: dict[int, Verdict] = field(default_factory=dict)
     readings: list[tuple[Candidate, Observation]] = field(default_factory=list)
     observation: Observation | None = None
+    num_passes: int = 1
+    is_given_up: bool = False
 
     @property
     def selected(self) -> Candidate:

@@ -69,7 +69,7 @@ class Steps {
     );
     details.append(summary);
     if (step.draft_text && step.draft_text.trim() !== step.text.trim()) {
-      details.append(make("h3", "", "The draft's step"), make("div", "text struck", step.draft_text.trim()));
+      details.append(make("h3", "", "The draft's step"), make("div", "text struck", step.draft_text.trim() + (step.is_given_up ? " …" : "")));
     }
     const scores = bars(step);
     if (scores.children.length) details.append(make("h3", "", "Scores"), scores);

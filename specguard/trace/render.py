@@ -13,7 +13,7 @@ from specguard.core.records import CandidateRecord, Solution, StepRecord, TokenA
 from specguard.wording import (
     acceptance,
     decisive,
-    is_same_text,
+    drafted,
     is_telling,
     label,
     no_answer,
@@ -107,9 +107,6 @@ def _ending(solution: Solution) -> str:
 
 
 def _step(record: StepRecord, config: SolveConfig) -> Step:
-    draft_text = None
-    if record.draft_text is not None and not is_same_text(record):
-        draft_text = record.draft_text.strip()
     bars = [
         Bar(
             spoken(name),
@@ -129,7 +126,7 @@ def _step(record: StepRecord, config: SolveConfig) -> Step:
         label(record),
         verdict(record, config),
         record.text.strip(),
-        draft_text,
+        drafted(record),
         first,
         tuple(bar for bar in bars if bar is not first),
         tuple(

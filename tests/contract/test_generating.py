@@ -1,6 +1,7 @@
 """Sampling steps: which tokens are drawn, what is said of them, and where a step ends."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,25 @@ def test_candidates_are_those_of_the_reference(
         assert (found[0].distributions is not None) == job.distributions
         for candidate in found:
             assert candidate.text == engine.tokenizer.decode(candidate.token_ids)
+
+
+@pytest.mark.parametrize("least", [0.01, 0.3, 0.9])
+def test_a_candidate_ends_with_the_draft_s_confidence(
+    engine: Engine, plain: ReferenceEngine, least: float
+) -> None:
+    settings = {"num_candidates": 4, "cap": 9, "sampling": Sampling(0.5, 0.9)}
+    plain_job = generate_job(engine, OTHER_PREFIX, **settings)
+    job = replace(plain_job, least_confidence=least)
+    found, expected = run(engine, job), run(plain, job)
+    if "confidence" not in engine.features:
+        expected = run(plain, plain_job)
+    else:
+        assert min(len(each.token_ids) for each in found) < 9
+    assert_same(found, expected)
+    # What is kept of them is what a job that goes on from there would compute.
+    first = found[0].token_ids
+    further = generate_job(engine, OTHER_PREFIX + first, cap=4)
+    assert_same(run(engine, further), run(plain, further))
 
 
 def test_what_is_told_of_candidates_is_how_they_begin(engine: Engine) -> None:
