@@ -6,13 +6,18 @@ the AUCs and what a threshold lets pass::
     python -m recipes.real_pair.figures --output STEPS --pair PAIR
 """
 
+import io
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from recipes.evidence.signals import auc
@@ -20,10 +25,26 @@ from recipes.real_pair.lines import Record, read_lines
 from recipes.real_pair.signals import NUM_LAYERS, SOURCES
 from recipes.real_pair.steps import NUM_SAMPLED
 from specguard.backends.tokenizer import FolderTokenizer
+from specguard.core import DraftCost
+from specguard.files import write_atomically
 
 NUMERIC = re.compile(r"[\d=+\-*/×÷]")  # noqa: RUF001
 NAME = re.compile(r"\s?[A-Z][a-z]+")
 Array = NDArray[np.float64]
+ROLES = "target", "draft"
+BOUNDS = -2, -3, -4, -4.5, -6, -9, -12, -15, -20
+LEAST_CONFIDENCE, MOST_GUESSES = 0.15, 32  # as in the loop
+NUM_ROUNDS = 8
+
+
+class Point(NamedTuple):
+    """A bound, the shares of right, of wrong and of all steps that pass wrongly, and the time."""
+
+    name: str
+    right: float
+    wrong: float
+    wrong_of_all: float
+    time: float
 
 
 def share(rows: Sequence[Record]) -> str:
@@ -145,33 +166,95 @@ def table(rows: Sequence[Record], values: Sequence[dict[str, float]]) -> list[st
     return lines
 
 
-def frontier(rows: Sequence[Record], draft_cost: float) -> list[str]:
-    """What thresholds on the sum let pass of greedy steps, and the time that it would take.
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """A greedy step of the draft: what both models say of its n tokens."""
 
-    The time is a share of the target's own: drafting at ``draft_cost`` of the target's time a
-    token, a reading pass of 1 + 0.045 n decode steps, and the target's tokens behind its leading
-    choices.
+    target: Array
+    is_first: NDArray[np.bool_]
+    draft: Array  # the draft's own log-probabilities
+    is_right: bool
+
+    @classmethod
+    def of(cls, row: Record) -> "Drafted":
+        """A labelled step."""
+        target, draft = (np.array(row[role]["lp"], dtype=np.float64) for role in ROLES)
+        return cls(target, np.array(row["target"]["first"], bool), draft, row["right"])
+
+    def part(self, start: int, most: int, least: float) -> int:
+        """Where a part from ``start`` on ends: with the draft's confidence or after ``most``."""
+        totals = np.cumsum(self.draft[start : start + most])
+        below = np.flatnonzero(totals < np.log(least)) if least else np.zeros(0, int)
+        return int(start + (below[0] + 1 if len(below) else len(totals)))
+
+    def first_other(self, start: int) -> int:
+        """The first token from ``start`` on that the target would not have written, or n."""
+        others = np.flatnonzero(~self.is_first[start:])
+        return int(start + others[0]) if len(others) else len(self.target)
+
+
+def by_guesses(step: Drafted, start: int, cost: DraftCost, pace: float) -> float:
+    """What the target's rest of a step costs, the draft guessing, if both wrote on alike."""
+    least = min(0.95, (cost.candidate + cost.reading) / pace)
+    spent, n = 0.0, len(step.target)
+    while start < n:
+        end = step.part(start, MOST_GUESSES, least)
+        spent += cost.of_step(1, end - start, end - start)
+        start = min(n, step.first_other(start) + 1 if step.first_other(start) < end else end + 1)
+    return spent
+
+
+def read_along(step: Drafted, bound: float, cost: DraftCost, pace: float) -> tuple[float, bool]:
+    """What a step costs that passes from a sum on, and whether it does, as the loop goes."""
+    spent, start, n = 0.0, 0, len(step.target)
+    while start < n:
+        end = step.part(start, n, LEAST_CONFIDENCE)
+        spent += cost.of_step(1, end - start, end - start)
+        start = end
+        if step.target[:end].sum() < bound:
+            # The target's own choice in the place of the first other token is known.
+            return spent + by_guesses(step, step.first_other(0) + 1, cost, pace), False
+    return spent, True
+
+
+def frontier(rows: Sequence[Record], cost: DraftCost) -> list[Point]:
+    """What bounds on the sum let pass of greedy steps, and the time as a share of the target's.
+
+    The first point is token-level speculation, where nothing passes; its time is the pace that the
+    others rewrite at.
     """
-    rows = [row for row in rows if row["kind"] == "greedy"]
-    is_right = np.array([row["right"] for row in rows], bool)
-    lengths = np.array([len(row["token_ids"]) for row in rows])
-    logprobs = [np.array(row["target"]["lp"]) for row in rows]
-    others = [~np.array(row["target"]["first"]) for row in rows]
-    leading = np.array([np.append(other, True).argmax() for other in others])
-    totals = np.array([values.sum() for values in logprobs])
-    lines = [
-        "| sum from | right ones that pass | wrong ones | wrong steps in all | time |",
-        "|---" * 5 + "|",
-    ]
-    fixed = draft_cost * lengths.sum() + (1 + 0.045 * lengths).sum()
-    for bound in (-2, -3, -4, -6, -8, -9, -10, -12, -15, -20):
-        passes = totals >= bound
-        kept = np.where(passes, lengths, leading)
-        time = (fixed + (lengths - kept).sum()) / lengths.sum()
-        shares = passes[is_right].mean(), passes[~is_right].mean(), (passes & ~is_right).mean()
-        cells = [f"{value:.3f}" for value in (*shares, time)]
-        lines.append("| " + " | ".join([str(bound), *cells]) + " |")
-    return lines
+    steps = [Drafted.of(row) for row in rows if row["kind"] == "greedy"]
+    num_tokens = sum(len(step.target) for step in steps)
+    pace = 1.0
+    for _ in range(NUM_ROUNDS):  # a guess ends by the pace, and the pace is what guesses come to
+        pace = sum(by_guesses(step, 0, cost, pace) for step in steps) / num_tokens
+    is_right = np.array([step.is_right for step in steps])
+    points = [Point("`sd`", 0.0, 0.0, 0.0, pace)]
+    for bound in BOUNDS:
+        found = [read_along(step, bound, cost, pace) for step in steps]
+        passes = np.array([passed for _, passed in found])
+        right, wrong = passes[is_right].mean(), passes[~is_right].mean()
+        time = sum(spent for spent, _ in found) / num_tokens
+        wrong_of_all = float((passes & ~is_right).mean())
+        points.append(Point(f"{bound:g}", float(right), float(wrong), wrong_of_all, time))
+    return points
+
+
+def drawn(points: Sequence[Point]) -> bytes:
+    """Wrong steps that pass, of all, against the time, as PNG."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([p.time for p in points[1:]], [100 * p.wrong_of_all for p in points[1:]], marker="o")
+    axes.plot(points[0].time, 0, marker="s", color="grey")
+    for point in points:
+        place = point.time, 100 * point.wrong_of_all
+        axes.annotate(point.name, place, textcoords="offset points", xytext=(5, 5))
+    axes.set_xlabel("time, the target alone = 1 (worked out)")
+    axes.set_ylabel("wrong steps that pass, % of all")
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=120)
+    return stream.getvalue()
 
 
 def shares(labels: Sequence[Record]) -> list[str]:
@@ -202,8 +285,17 @@ def shares(labels: Sequence[Record]) -> list[str]:
 @click.option(
     "--pair", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True
 )
-@click.option("--draft-cost", default=0.41, show_default=True, help="Of the target's time a token.")
-def main(output: Path, pair: Path, draft_cost: float) -> None:
+@click.option(
+    "--draft-cost",
+    default=(0.16, 1.0, 0.044),
+    show_default=True,
+    type=(float, float, float),
+    help="In decode steps of the target: a token of the draft, a verifying pass, each token in it.",
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="File for the frontier, PNG.")
+def main(
+    output: Path, pair: Path, draft_cost: tuple[float, float, float], plot: Path | None
+) -> None:
     """Print the figures of the steps in the folder OUTPUT."""
     click.echo(f"solutions right: {share(read_lines(output / 'solutions.jsonl'))}")
     click.echo("\n".join(shares(read_lines(output / "labels.jsonl"))))
@@ -224,7 +316,15 @@ def main(output: Path, pair: Path, draft_cost: float) -> None:
     own = [row for row, has in zip(values, has_attention, strict=True) if has]
     if some:
         click.echo(f"\nof attention, on {len(some)} labels:\n\n" + "\n".join(table(some, own)))
-    click.echo(f"\ndraft cost {draft_cost}:\n\n" + "\n".join(frontier(rows, draft_cost)))
+    token, verification, reading = draft_cost
+    points = frontier(rows, DraftCost(token, verification=verification, reading=reading))
+    names = "sum from", "right ones that pass", "wrong ones", "wrong ones, of all", "time"
+    click.echo(f"\ncost {draft_cost}:\n\n| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
+    for point in points:
+        passing = [f"{value:.1%}" for value in point[1:4]]
+        click.echo(f"| {' | '.join([point.name, *passing, f'{point.time:.2f}'])} |")
+    if plot is not None:
+        write_atomically(plot, drawn(points))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The collection of a real pair's steps: its pure parts, without vLLM and without models."""
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from recipes.real_pair import answers, figures, labels, lines, steps
+from recipes.real_pair import answers, figures, labels, lines, profile, steps
 from recipes.real_pair.signals import grounding_values, to_do, token_values
-from specguard.core import AttentionBlock, Observation
+from specguard.core import AttentionBlock, DraftCost, Observation
+from specguard.models import tiny
 
 PIECES = ["a", "\n", "\n\n", ".\n\n", "<eos>", " b\n\nc"]
 
@@ -180,15 +183,56 @@ def test_the_table_has_a_row_a_signal() -> None:
     assert cells["| draft: min"][-1] == "0.00 |"
 
 
-def test_the_frontier_counts_what_passes_and_what_the_target_goes_on_from() -> None:
-    lines = figures.frontier([SIGNALS, wrong()], 0.5)
-    rows = {line.split(" | ")[0]: line.strip("| ").split(" | ")[1:] for line in lines[2:]}
-    # Sums are -4.75 and -36.
-    fixed = 0.5 * 8 + 2 * (1 + 0.045 * 4)
-    passing = ["1.000", "0.000", "0.000", f"{(fixed + 2) / 8:.3f}"]
-    assert rows["| -6"] == passing
-    stopped = ["0.000", "0.000", "0.000", f"{(fixed + 4) / 8:.3f}"]
-    assert rows["| -4"] == stopped
+COST = DraftCost(0.5, verification=2.0, reading=0.1)
+
+
+def test_a_part_ends_with_the_draft_s_confidence() -> None:
+    step = figures.Drafted.of(SIGNALS)  # the draft's log-probabilities: -1, -1, -1, -0.5
+    assert [step.part(0, 9, least) for least in (0.0, 0.5, 0.2, 0.06, 0.01)] == [4, 1, 2, 3, 4]
+    assert (step.part(2, 9, 0.2), step.part(1, 2, 0.01)) == (4, 3)
+    assert [step.first_other(start) for start in range(4)] == [2, 2, 2, 3]
+
+
+def test_guesses_write_up_to_the_target_s_own_choice() -> None:
+    step = figures.Drafted.of(SIGNALS)
+    # By a pace of 0.8, a guess of this draft ends with its first token: the target keeps it and
+    # writes one behind it, then one in the place of each of the two that it would not write.
+    assert figures.by_guesses(step, 0, COST, 0.8) == pytest.approx(3 * (0.5 + 2 + 0.1))
+
+
+def test_the_frontier_counts_what_passes_and_what_it_costs() -> None:
+    points = figures.frontier([SIGNALS, wrong()], DraftCost(0.9, verification=0.2))
+    by_name = {point.name: point for point in points}
+    # A guess has one token: so dear is the draft.
+    assert by_name["`sd`"].time == pytest.approx(3 * 1.1 / 4)
+    # Sums are -4.75 and -36. Parts have two tokens; the second step is lost with its first part,
+    # and one token is left for the target to write.
+    assert by_name["-6"][1:4] == (1.0, 0.0, 0.0)
+    assert by_name["-6"].time == pytest.approx((2 * 2.0 + 2.0 + 1.1) / 8)
+    assert by_name["-4.5"][1:4] == (0.0, 0.0, 0.0)
+    assert by_name["-4.5"].time == pytest.approx((2 * 2.0 + 1.1 + 2.0 + 1.1) / 8)
+    assert figures.drawn(points).startswith(b"\x89PNG")
+
+
+def test_a_verifier_is_fitted_to_signals_as_the_verifier_computes_them(
+    tmp_path: Path,
+) -> None:
+    for name, role in ("coder-0.5b", "draft"), ("coder-1.5b", "target"):
+        (tmp_path / name).symlink_to(Path(tiny.__file__).parent / role)
+    rows = [
+        {**(SIGNALS if number % 2 else wrong()), "problem": number % 6, "step": number}
+        for number in range(60)
+    ]
+    (tmp_path / "signals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--pair", str(tmp_path), "--output", str(tmp_path), "--ship", str(tmp_path)]
+    result = CliRunner().invoke(profile.main, options)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("60 greedy steps of 6 problems, 30 right")
+    stored = json.loads((tmp_path / "qwen2.5-coder.json").read_text())
+    assert stored["pair"] == stored["name"] == "qwen2.5-coder"
+    low, high = stored["verifier"]["bounds"]["log_prob_sum"]
+    passes_from = low + stored["verifier"]["threshold"] * (high - low)
+    assert -36 < passes_from <= -4.75
 
 
 def test_a_label_is_scored_once() -> None:
