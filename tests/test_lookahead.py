@@ -71,6 +71,33 @@ def test_guesses_grow_while_they_are_kept_and_cease_where_they_are_not() -> None
     assert (rejected.pace, kept.pace < 0.4) == (1, True)
 
 
+@pytest.mark.parametrize("is_confident", [False, True])
+def test_guesses_that_did_not_pay_are_tried_again_ever_more_rarely(is_confident: bool) -> None:
+    found = Lookahead(SolveConfig(draft_cost=CHEAP), is_confident=is_confident)
+    first, pauses = found.num_ahead, []
+
+    def fail_and_wait() -> None:
+        for _ in range(99):
+            if found.num_ahead == 0:
+                break
+            found.saw(found.num_ahead, 0)
+        assert (found.num_ahead, found.pace) == (0, 1.0)
+        pauses.append(0)
+        while found.num_ahead == 0:
+            found.rest()
+            pauses[-1] += 1
+        assert found.num_ahead == first
+
+    for _ in range(7):
+        fail_and_wait()
+    assert pauses == [1, 2, 4, 8, 16, 32, 32]
+    while found.pace > 0.3:
+        found.saw(8, 8)
+    for _ in range(2):
+        fail_and_wait()
+    assert pauses[-2:] == [1, 2]
+
+
 def test_drafting_has_to_be_faster_than_guessing() -> None:
     cost = DraftCost(0.5, verification=3.0)  # 0.6 of a target that writes token by token
     for pace, is_on in (1.0, False), (0.59, True):

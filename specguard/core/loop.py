@@ -329,6 +329,7 @@ class Solving:
         sampling = self.config.rewrite_sampling
         if self.lookahead.num_ahead:
             return await write_by_guesses(self.context, sampling, self.lookahead, begun)
+        self.lookahead.rest()
         return WrittenStep.of(await self._write("target", sampling, begun))
 
     async def _write(

@@ -25,6 +25,7 @@ _USUAL_GUESSES = 4  # tokens, of method "sd" where the cost is not known
 _MOST_GUESSES = 16
 _MOST_CONFIDENT_GUESSES = 32  # where the draft says when to stop
 _HIGHEST_CONFIDENCE = 0.95
+_LONGEST_PAUSE = 32  # steps
 # As if so many guesses had been judged before the first one.
 _KEPT, _REJECTED = 17, 3
 
@@ -40,6 +41,9 @@ class Lookahead:
     Where the draft's ``is_confident`` (it has the feature "confidence"), a guess goes on for as
     long as one more token is worth what it costs: the chance that all up to it is kept, for which
     the draft's own probability stands, times what a token of the target costs otherwise.
+
+    Where guessing has cost more than it saved, the target writes a step alone, then it is tried
+    anew; pauses double until it is as good again as it was expected to be.
     """
 
     def __init__(
@@ -51,8 +55,7 @@ class Lookahead:
     ) -> None:
         self._cost = config.draft_cost
         self._is_confident = is_confident
-        self._num_kept, self._num_rejected = _KEPT, _REJECTED
-        self._spent = self._num_written = 0.0
+        self._num_paused, self._pause = 0, 1  # steps
         self._num_fixed = config.num_speculated if is_possible else 0
         if self._num_fixed is None and self._cost is None:
             self._num_fixed = _USUAL_GUESSES if config.method == "sd" else 0
@@ -62,18 +65,19 @@ class Lookahead:
             is_free = config.rewrite_sampling.is_greedy and not shares_passes
             self._num_fixed = self._num_fixed if is_free else 0
         self._least = 1 if config.method == "sd" else 0
-        if self._cost is not None and self._num_fixed is None and is_confident:
-            self._num_written = float(_KEPT + _REJECTED)
-            self._spent = self._num_written * self._token_cost(self._best_number)
+        self._begin()
+        self._expected = self.pace
 
     @property
     def num_ahead(self) -> int:
         """Tokens that the next guess has at most; 0: the target writes alone."""
         if self._num_fixed is not None:
             return self._num_fixed
+        if self._num_paused:
+            return 0
         if not self._is_confident:
             return self._best_number
-        return _MOST_CONFIDENT_GUESSES if self.pace < 1 else self._least
+        return _MOST_CONFIDENT_GUESSES if self._spent < self._num_written else self._least
 
     @property
     def least_confidence(self) -> float:
@@ -86,9 +90,8 @@ class Lookahead:
     @property
     def pace(self) -> float:
         """What a token that the target writes so costs, in its decode steps."""
-        if self._num_fixed is None and self._is_confident:
-            pace = self._spent / self._num_written
-            return pace if self._least else min(1.0, pace)
+        if self._num_fixed is None and self._is_confident and self.num_ahead:
+            return self._spent / self._num_written
         return self._token_cost(self.num_ahead)
 
     def saw(self, num_judged: int, num_kept: int) -> None:
@@ -98,6 +101,21 @@ class Lookahead:
         if self._cost is not None:
             self._spent += self._cost.of_step(1, num_judged, num_judged)
             self._num_written += num_kept + 1
+        if self.num_ahead == 0:
+            self._begin()
+            self._num_paused, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+        elif self.pace <= self._expected:
+            self._pause = 1
+
+    def rest(self) -> None:
+        """The target has written a step alone."""
+        self._num_paused = max(0, self._num_paused - 1)
+
+    def _begin(self) -> None:
+        """Nothing is known of this problem yet."""
+        self._num_kept, self._num_rejected = _KEPT, _REJECTED
+        self._num_written = float(_KEPT + _REJECTED)
+        self._spent = self._num_written * self._token_cost(self._best_number)
 
     @property
     def _best_number(self) -> int:
@@ -140,6 +158,7 @@ async def write_by_guesses(
         first = len(token_ids)
         num_ahead = lookahead.num_ahead
         if num_ahead == 0:
+            lookahead.rest()
             [rest] = await context.generate("target", sampling, begun=begun + tuple(token_ids))
             context.append(rest.token_ids)
             context.knows("target")
