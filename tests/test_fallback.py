@@ -57,6 +57,17 @@ def test_pauses_double_while_drafting_does_not_pay_and_begin_anew_when_it_did() 
     assert after(fallback, False, False, False) == 4
 
 
+def test_where_little_can_be_won_little_is_risked() -> None:
+    # An accepted step of 30 tokens brings 0.1 of a step back, a rejected one costs 0.9.
+    assert after(Fallback(DraftCost(0.9, verification=0.0)), False) == 4
+    # By the target's pace with guesses, not by its own.
+    fallback = Fallback(DraftCost(0.4, verification=0.0))
+    assert after(fallback, False, False) == 0
+    fallback = Fallback(DraftCost(0.4, verification=0.0))
+    fallback.pace = 0.45
+    assert after(fallback, False) == 4
+
+
 def test_a_long_step_counts_by_its_own_length() -> None:
     """A rejected step of 300 tokens says no more than one of 3: it is one step."""
     fallback = Fallback(DraftCost(0.5, verification=0.0))

@@ -77,7 +77,7 @@ def test_guesses_that_did_not_pay_are_tried_again_ever_more_rarely(is_confident:
     first, pauses = found.num_ahead, []
 
     def fail_and_wait() -> None:
-        for _ in range(99):
+        for _ in range(9999):
             if found.num_ahead == 0:
                 break
             found.saw(found.num_ahead, 0)

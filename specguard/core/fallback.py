@@ -11,7 +11,9 @@ from typing import Literal
 from specguard.core.errors import UsageError
 
 TYPICAL_STEP = 30  # tokens, where no step is known yet
-_CREDIT, _CREDIT_AGAIN = 1.0, 0.5  # steps of the target; the second one is that after a pause
+_MOST_CREDIT = 1.0  # steps of the target
+_BROUGHT_BACK = 2  # accepted steps that bring all of the credit back
+_AGAIN = 0.5  # of the credit, after a pause
 _FIRST_PAUSE, _LONGEST_PAUSE = 4, 32  # steps that the target writes before drafting is tried again
 
 
@@ -59,12 +61,13 @@ class DraftCost:
 class Fallback:
     """Switches drafting off where it costs more than the target's own steps would.
 
-    Drafting has a credit of one step of the target's time. A step that took r times what the target
-    would have taken draws r - 1 on it, or pays 1 - r back. Used up, the target goes on alone for
-    some steps, after which drafting is tried again with half of it; pauses double until the credit
-    is whole. Where drafting could not pay if every step were accepted, it is never begun:
-    ``at_best`` is what it would take then, as a share of the target's own time. ``pace`` is what a
-    token costs that the target writes: below 1 where the draft guesses ahead.
+    Drafting has a credit of what two accepted steps bring back, one step of the target's time at
+    most. A step that took r times what the target would have taken draws r - 1 on it, or pays 1 - r
+    back. Used up, the target goes on alone for some steps, after which drafting is tried again with
+    half of it; pauses double until the credit is whole. Where drafting could not pay if every step
+    were accepted, it is never begun: ``at_best`` is what it would take then, as a share of the
+    target's own time. ``pace`` is what a token costs that the target writes: below 1 where the
+    draft guesses ahead.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class Fallback:
         self._cost = cost
         self.at_best = 0.0 if cost is None else cost.at_best(num_candidates, num_verified)
         self.pace = 1.0
-        self._credit = _CREDIT
+        self._drawn = 0.0  # of the credit
         self._num_paused = 0
         self._pause = _FIRST_PAUSE
 
@@ -104,9 +107,10 @@ class Fallback:
             return
         spent = self._cost.of_step(num_candidates, num_longest, num_read)
         spent += (num_passes - 1) * self._cost.verification + num_rewritten * self.pace
-        self._credit += 1 - spent / (num_tokens * self.pace)
-        if self._credit >= _CREDIT:
-            self._credit, self._pause = _CREDIT, _FIRST_PAUSE
-        elif self._credit < 0:
-            self._credit = _CREDIT_AGAIN
+        self._drawn += spent / (num_tokens * self.pace) - 1
+        credit = min(_MOST_CREDIT, _BROUGHT_BACK * (1 - self.at_best / self.pace))
+        if self._drawn <= 0:
+            self._drawn, self._pause = 0.0, _FIRST_PAUSE
+        elif self._drawn > credit:
+            self._drawn = (1 - _AGAIN) * max(0.0, credit)
             self._num_paused, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
