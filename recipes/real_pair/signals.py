@@ -18,26 +18,10 @@ import click
 import numpy as np
 
 from recipes.real_pair.lines import Lines, Record, read_lines
-from recipes.real_pair.steps import SYSTEM
+from recipes.real_pair.steps import LABEL_FIELDS, SYSTEM
 from specguard.core import Capture, Engine, Observation, Prompt, Sampling, ScoreJob
 from specguard.core.config import Sources
 from specguard.core.grounding import grounding, source_mask
-
-LABEL_FIELDS = (
-    "problem",
-    "step",
-    "kind",
-    "right",
-    "outcomes",
-    "method",
-    "same_as_own",
-    "first_pick",
-    "multiplicity",
-    "text",
-    "finish",
-    "token_ids",
-)
-
 
 SOURCES: tuple[Sources, ...] = ("problem", "context")
 NUM_LAYERS = (1, 2, 3, 6, 12, 24)

@@ -6,6 +6,21 @@ from collections.abc import Callable, Sequence
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 DELIMITER = "\n\n"
 NUM_SAMPLED = 8
+# Of a label, what stands beside its signals, too.
+LABEL_FIELDS = (
+    "problem",
+    "step",
+    "kind",
+    "right",
+    "outcomes",
+    "method",
+    "same_as_own",
+    "first_pick",
+    "multiplicity",
+    "text",
+    "finish",
+    "token_ids",
+)
 
 
 def cut_steps(

@@ -6,23 +6,42 @@ the two models wrote. ``python -m recipes.real_pair.store keep`` and ``restore``
 
 import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
 
 from recipes.real_pair.answers import load_problems
 from recipes.real_pair.lines import Lines, Record, read_lines
-from recipes.real_pair.steps import SYSTEM
+from recipes.real_pair.steps import LABEL_FIELDS, SYSTEM
 from specguard.files import write_atomically
 
 STORE = Path(__file__).with_name("steps.jsonl.xz")
+SIGNALS = STORE.with_name("signals.jsonl.xz")
 FILES = ("solutions", "candidates", "labels", "labels_repeat")
+LABEL = ("problem", "step", "kind")
+SIGNAL_FILE = "signals.jsonl"
+SIGNAL_FIELDS = (*LABEL, "num_prefix", "target", "draft")
 _OF_DATA = ("question", "gold", "prompt_token_ids")
 
 
+def packed_signals(steps: Path) -> bytes:
+    """The signals of a collection, compressed, without what its labels say."""
+    rows = [{name: row[name] for name in SIGNAL_FIELDS} for row in read_lines(steps / SIGNAL_FILE)]
+    return lzma.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def unpacked_signals(content: bytes, labels: Iterable[Record]) -> Iterator[Record]:
+    """The signals as they were; ``labels`` are those of their collection."""
+    by_place = {tuple(label[name] for name in LABEL): label for label in labels}
+    for line in lzma.decompress(content).splitlines():
+        row = json.loads(line)
+        label = by_place[tuple(row[name] for name in LABEL)]
+        yield {name: label[name] for name in LABEL_FIELDS} | row
+
+
 def packed(steps: Path) -> bytes:
-    """All files of a collection, compressed, without what the data set says."""
+    """All other files of a collection, compressed, without what the data set says."""
     lines = [
         json.dumps([name, _without_data(name, row)], ensure_ascii=False)
         for name in FILES
@@ -68,9 +87,9 @@ def main() -> None:
 @click.option("--output", type=click.Path(exists=True, path_type=Path), required=True)
 def keep(output: Path) -> None:
     """Store the collection in the folder OUTPUT."""
-    content = packed(output)
-    write_atomically(STORE, content)
-    click.echo(f"{len(content)} bytes in {STORE}")
+    for file, content in (STORE, packed(output)), (SIGNALS, packed_signals(output)):
+        write_atomically(file, content)
+        click.echo(f"{len(content)} bytes in {file}")
 
 
 @main.command()
@@ -81,7 +100,9 @@ def restore(pair: Path, data: Path, output: Path) -> None:
     """Write the stored collection into OUTPUT, which must not hold one."""
     from specguard.backends.tokenizer import FolderTokenizer
 
-    if any((output / f"{name}.jsonl").exists() for name in FILES):
+    if any(
+        (output / name).exists() for name in (*(f"{each}.jsonl" for each in FILES), SIGNAL_FILE)
+    ):
         raise click.ClickException(f"{output} holds a collection")
     output.mkdir(parents=True, exist_ok=True)
     content = STORE.read_bytes()
@@ -96,6 +117,10 @@ def restore(pair: Path, data: Path, output: Path) -> None:
     files = {name: Lines(output / f"{name}.jsonl") for name in FILES}
     for name, row in unpacked(content, questions, prompts):
         files[name].append(row)
+    if SIGNALS.exists():
+        files["signals"] = Lines(output / SIGNAL_FILE)
+        for row in unpacked_signals(SIGNALS.read_bytes(), files["labels"].records):
+            files["signals"].append(row)
     for name, lines in files.items():
         lines.close()
         click.echo(f"{len(lines.records)} {name}")

@@ -5,7 +5,15 @@ import lzma
 from pathlib import Path
 
 from recipes.real_pair.lines import Lines
-from recipes.real_pair.store import STORE, packed, problems_of, unpacked
+from recipes.real_pair.steps import LABEL_FIELDS
+from recipes.real_pair.store import (
+    STORE,
+    packed,
+    packed_signals,
+    problems_of,
+    unpacked,
+    unpacked_signals,
+)
 
 ROWS = {
     "solutions": [
@@ -36,6 +44,18 @@ def test_what_was_kept_is_restored(tmp_path: Path) -> None:
     assert problems_of(content) == {3}
     restored = list(unpacked(content, {3: ("How many?", "7")}, {3: [1, 2]}))
     assert restored == [(name, row) for name, rows in ROWS.items() for row in rows]
+
+
+def test_signals_are_kept_beside_their_labels(tmp_path: Path) -> None:
+    label = {name: f"{name} 1" for name in LABEL_FIELDS}
+    other = {**label, "kind": "sample", "right": False}
+    signals = {**label, "num_prefix": 7, "target": {"lp": [-0.5]}, "draft": {"lp": [-1.0]}}
+    lines = Lines(tmp_path / "signals.jsonl")
+    lines.append(signals)
+    lines.close()
+    content = packed_signals(tmp_path)
+    assert b"text 1" not in lzma.decompress(content)
+    assert list(unpacked_signals(content, [other, label])) == [signals]
 
 
 def test_the_store_holds_no_question_and_no_prompt() -> None:
