@@ -100,9 +100,7 @@ def restore(pair: Path, data: Path, output: Path) -> None:
     """Write the stored collection into OUTPUT, which must not hold one."""
     from specguard.backends.tokenizer import FolderTokenizer
 
-    if any(
-        (output / name).exists() for name in (*(f"{each}.jsonl" for each in FILES), SIGNAL_FILE)
-    ):
+    if any((output / f"{name}.jsonl").exists() for name in (*FILES, "signals")):
         raise click.ClickException(f"{output} holds a collection")
     output.mkdir(parents=True, exist_ok=True)
     content = STORE.read_bytes()
