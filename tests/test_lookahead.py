@@ -64,8 +64,8 @@ def test_guesses_grow_while_they_are_kept_and_cease_where_they_are_not() -> None
     kept, rejected = lookahead(CHEAP), lookahead(CHEAP)
     first = kept.num_ahead
     for _ in range(80):
-        kept.saw(8, 8)
-        rejected.saw(8, 0)
+        kept.saw(8, 8, 9)
+        rejected.saw(8, 0, 1)
     assert kept.num_ahead > first
     assert rejected.num_ahead == 0
     assert (rejected.pace, kept.pace < 0.4) == (1, True)
@@ -80,7 +80,7 @@ def test_guesses_that_did_not_pay_are_tried_again_ever_more_rarely(is_confident:
         for _ in range(9999):
             if found.num_ahead == 0:
                 break
-            found.saw(found.num_ahead, 0)
+            found.saw(found.num_ahead, 0, 1)
         assert (found.num_ahead, found.pace) == (0, 1.0)
         pauses.append(0)
         while found.num_ahead == 0:
@@ -92,7 +92,7 @@ def test_guesses_that_did_not_pay_are_tried_again_ever_more_rarely(is_confident:
         fail_and_wait()
     assert pauses == [1, 2, 4, 8, 16, 32, 32]
     while found.pace > 0.3:
-        found.saw(8, 8)
+        found.saw(8, 8, 9)
     for _ in range(2):
         fail_and_wait()
     assert pauses[-2:] == [1, 2]
@@ -141,7 +141,7 @@ def test_guesses_that_cease_to_pay_leave_the_rest_to_the_target(
 ) -> None:
     rounds: list[int] = []
 
-    def saw(own: Lookahead, num_judged: int, num_kept: int) -> None:
+    def saw(own: Lookahead, num_judged: int, num_kept: int, num_written: int) -> None:
         rounds.append(num_kept)
         own._num_fixed = 0
 

@@ -1,5 +1,6 @@
 """A draft's step that the target reads while it is drafted, and gives up once it is lost."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -20,6 +21,8 @@ from specguard.core import (
     Solver,
     VerifierConfig,
 )
+from specguard.core.loop import Solving
+from specguard.core.pairing import Pair
 from specguard.core.speculation import Lookahead
 from tests.bigrams import bigram_engine
 from tests.reference import ReferenceEngine
@@ -136,6 +139,39 @@ def test_a_rewrite_of_a_step_that_was_given_up_has_the_target_s_own_token_in_its
             assert len(second.prefix) >= len(first.prefix)
 
 
+@pytest.mark.parametrize("problem", ["problem 1", "problem 3"])
+def test_a_detailed_record_changes_no_solution(problem: str) -> None:
+    config = half_strict(replace(CONFIG, sampling=Sampling(0.8, 0.9)))
+    config = replace(config, draft_cost=replace(CHEAP, candidate=0.3))
+    plain = Solver(*pair(), config).solve(problem)
+    found = Solver(*pair(), config).solve(problem, detail=True)
+    assert told(found) == told(plain)
+    assert [step.is_given_up for step in found.steps] == [step.is_given_up for step in plain.steps]
+    assert any(step.is_given_up for step in found.steps)
+    for step in found.steps:
+        if step.decision != "plain":
+            assert step.tokens is not None
+            assert step.tokens.grounding is not None
+            assert len(step.tokens.grounding) == len(step.tokens.logprobs) == step.num_drafted
+
+
+def test_the_target_s_pace_is_what_drafting_is_compared_with() -> None:
+    """Where guesses fail, the target writes alone at its own pace, and a pause is whole steps."""
+    draft, target = pair()
+    config = replace(CONFIG, num_candidates=1, delimiter="\x05")
+    solving = Solving("problem 1", Pair(draft, target), str, config)  # type: ignore[arg-type]
+    while solving.lookahead.num_ahead:
+        solving.lookahead.saw(8, 0, 1)
+    assert solving.lookahead.num_ahead == 0
+
+    async def write() -> None:
+        await solving._write_on()
+
+    asyncio.run(write())
+    assert solving.fallback.pace == 1.0
+    assert solving.lookahead.num_ahead > 0
+
+
 def test_what_may_yet_rise_is_read_whole() -> None:
     assert SUM.can_only_fall
     for weights in ({"log_prob_mean": 1.0}, {"log_prob": 0.5, "grounding": 0.5}):
@@ -177,7 +213,7 @@ def test_a_guess_ends_where_one_more_token_costs_more_than_it_is_worth() -> None
     assert 0 < cheap.least_confidence < dear.least_confidence < 1
     assert cheap.num_ahead == dear.num_ahead > 16
     for _ in range(30):
-        cheap.saw(8, 0)
+        cheap.saw(8, 0, 1)
     assert (cheap.num_ahead, cheap.pace) == (0, 1.0)
     # Method sd has nothing else to do; what somebody asks for is done to the token.
     hopeless = ahead(DraftCost(2.0), method="sd")

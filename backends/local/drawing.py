@@ -127,6 +127,8 @@ class Drawing:
         uniforms = np.array([draft.uniform for draft in drafts], dtype=np.float32)
         token_ids = self._layer.sample(outputs.logits, owners, self._sampling, uniforms)
         self._log.add(numbers, owners, outputs, token_ids)
+        if any(draft.least > -inf for draft in drafts):
+            self._log.describe()  # before the next pass, which would be waited for, too
         if self._keeps_distributions:
             probs = self._layer.warp(outputs.logits, self._sampling)
             for owner, draft in zip(owners, drafts, strict=True):

@@ -64,17 +64,16 @@ class DrawLog:
         rows, width = outputs.logits.shape
         self._num_waiting += rows * width
         if self._num_waiting > self._layer.most_waiting_logits:
-            self._describe()
+            self.describe()
 
     def newest(self) -> FloatArray:
-        """Log-probabilities of the tokens of the last pass, once they are there."""
-        self._describe()
+        """Log-probabilities of the tokens of the last pass, which were described."""
         part = self._described[-1]
         return self._layer.numpy(part.logprobs)[-len(part.passes[-1].numbers) :]
 
     def take(self, numbers: Sequence[int], others: Collection[int]) -> Drawn:
         """What was drawn for some candidates; only that of ``others`` is kept from then on."""
-        self._describe()
+        self.describe()
         places = {number: place for place, number in enumerate(numbers)}
         layer, kept = self._layer, self._described
         self._described = [
@@ -108,7 +107,8 @@ class DrawLog:
             sums,
         )
 
-    def _describe(self) -> None:
+    def describe(self) -> None:
+        """Have all that waits described."""
         if not self._waiting:
             return
         waiting, self._waiting, self._num_waiting = self._waiting, [], 0

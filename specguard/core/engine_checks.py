@@ -23,7 +23,8 @@ def check_candidates(engine: str, job: GenerateJob, candidates: Sequence[Candida
     _check_count(engine, len(candidates), job.num_candidates, "candidates")
     for candidate in candidates:
         n, most = len(candidate.token_ids), job.boundary.max_tokens
-        if n > most or (n == 0 and candidate.finish != "eos"):
+        is_part = bool(job.boundary.begun)
+        if n > most or (n == 0 and (is_part or candidate.finish != "eos")):
             raise _wrong(engine, f"drew {n} tokens where 1 to {most} were asked for")
         _check_logprobs(engine, candidate.token_logprobs, n)
         _check_length(engine, "entropies", candidate.token_entropies, n)

@@ -134,7 +134,7 @@ class Solving:
             and config.num_candidates == 1
             and config.verifier.asks_target
             and config.verifier.can_only_fall
-            and self.context.capture(config.verifier) is None
+            and config.verifier.threshold > 0
             and cost is not None
             and cost.candidate * TYPICAL_STEP / 2 > cost.verification
             and not is_reference()
@@ -153,6 +153,10 @@ class Solving:
             text = decode(candidate.token_ids + part.token_ids)
             candidate, seen = joined(candidate, part, text), both_seen(seen, more)
             num_passes += 1
+        if capture := self.context.capture(self.config.verifier):  # for a detailed record alone
+            [whole] = await self.context.score("target", [candidate.token_ids], capture)
+            seen = replace(seen, blocks=whole.blocks)
+            verdict = verify(seen, capture, 1.0, pieces_of(candidate), self.config.verifier)
         return StepState(
             [candidate],
             selection=Selection(0, (1.0,)),
@@ -328,9 +332,13 @@ class Solving:
         """A step by the target, or the rest of a begun one; the draft may guess its tokens."""
         sampling = self.config.rewrite_sampling
         if self.lookahead.num_ahead:
-            return await write_by_guesses(self.context, sampling, self.lookahead, begun)
+            written = await write_by_guesses(self.context, sampling, self.lookahead, begun)
+            self.fallback.pace = self.lookahead.pace
+            return written
+        written = WrittenStep.of(await self._write("target", sampling, begun))
+        self.fallback.pace = self.lookahead.pace
         self.lookahead.rest()
-        return WrittenStep.of(await self._write("target", sampling, begun))
+        return written
 
     async def _write(
         self, author: Author, sampling: Sampling, begun: tuple[int, ...] = ()
@@ -345,7 +353,6 @@ class Solving:
         record = self.recorder.record(decision, author, written, step)
         num_longest = max(len(candidate.token_ids) for candidate in step.candidates)
         num_written = record.num_tokens - record.num_reused
-        self.fallback.pace = self.lookahead.pace
         self.fallback.saw_drafted(
             num_candidates=len(step.candidates),
             num_longest=num_longest,

@@ -28,6 +28,7 @@ _HIGHEST_CONFIDENCE = 0.95
 _LONGEST_PAUSE = 32  # steps
 # As if so many guesses had been judged before the first one.
 _KEPT, _REJECTED = 17, 3
+_JUDGED = _KEPT + _REJECTED
 
 
 class Lookahead:
@@ -42,8 +43,9 @@ class Lookahead:
     long as one more token is worth what it costs: the chance that all up to it is kept, for which
     the draft's own probability stands, times what a token of the target costs otherwise.
 
-    Where guessing has cost more than it saved, the target writes a step alone, then it is tried
-    anew; pauses double until it is as good again as it was expected to be.
+    Where guessing has cost more than it saved, the target writes the rest of the step and another
+    one alone, then it is tried anew; pauses double until it is as good again as it was expected to
+    be.
     """
 
     def __init__(
@@ -94,17 +96,20 @@ class Lookahead:
             return self._spent / self._num_written
         return self._token_cost(self.num_ahead)
 
-    def saw(self, num_judged: int, num_kept: int) -> None:
-        """Of a guess of ``num_judged`` tokens the target kept the first ones."""
+    def saw(self, num_judged: int, num_kept: int, num_written: int) -> None:
+        """Of a guess of ``num_judged`` tokens the target kept the first ``num_kept``.
+
+        ``num_written`` tokens came of it, the target's own among them.
+        """
         self._num_kept += num_kept
         self._num_rejected += num_kept < num_judged
         if self._cost is not None:
             self._spent += self._cost.of_step(1, num_judged, num_judged)
-            self._num_written += num_kept + 1
+            self._num_written += num_written
         if self.num_ahead == 0:
             self._begin()
             self._num_paused, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
-        elif self.pace <= self._expected:
+        elif self.pace <= self._expected and self._num_written >= 2 * _JUDGED:
             self._pause = 1
 
     def rest(self) -> None:
@@ -114,7 +119,7 @@ class Lookahead:
     def _begin(self) -> None:
         """Nothing is known of this problem yet."""
         self._num_kept, self._num_rejected = _KEPT, _REJECTED
-        self._num_written = float(_KEPT + _REJECTED)
+        self._num_written = float(_JUDGED)
         self._spent = self._num_written * self._token_cost(self._best_number)
 
     @property
@@ -158,7 +163,6 @@ async def write_by_guesses(
         first = len(token_ids)
         num_ahead = lookahead.num_ahead
         if num_ahead == 0:
-            lookahead.rest()
             [rest] = await context.generate("target", sampling, begun=begun + tuple(token_ids))
             context.append(rest.token_ids)
             context.knows("target")
@@ -186,7 +190,6 @@ async def write_by_guesses(
             [seen] = await context.score("target", [guess.token_ids], distributions=sampling)
             draws = np.append(judging[first : first + n], correcting[num_blocks])
             num_accepted, kept_ids = accept_tokens(guess, seen, draws)
-        lookahead.saw(n, num_accepted)
         num_blocks += 1
         num_guessed += n
         for token_id in kept_ids:
@@ -194,7 +197,9 @@ async def write_by_guesses(
             finish = reader.feed(token_id)
             if finish is not None:
                 break
-        num_kept += min(num_accepted, len(token_ids) - first)
+        num_new = len(token_ids) - first
+        lookahead.saw(n, num_accepted, num_new)
+        num_kept += min(num_accepted, num_new)
         context.append(token_ids[first:])
         context.announcer.tokens("target", 0, token_ids[first:])
         context.knows("target")
