@@ -212,3 +212,18 @@ def test_the_pair_s_page_names_its_verifier(shipped: Path) -> None:
     (shipped / "qwen2.5-coder.json").unlink()
     assert "calibrate" in invoke("models", "show", "qwen2.5-coder").stdout
     assert "fitted to this pair" in invoke("models", "show", "tiny").stdout
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(profiles.__file__).parent / "fitted").glob("*.json")), ids=lambda p: p.stem
+)
+def test_a_shipped_profile_fits_its_pair_and_may_be_read_along(path: Path) -> None:
+    profile = find_profile(path.stem)
+    assert profile.pair is not None
+    assert profile.name == path.stem
+    pair = PAIRS[profile.pair]
+    assert profile.fits("draft", pair.draft["torch"])
+    assert profile.fits("target", pair.target["torch"])
+    assert profile.verifier.is_calibrated
+    assert profile.verifier.can_only_fall
+    assert profile.figures["wrong_accepted"] < 0.1 < profile.figures["right_accepted"]

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from recipes.real_pair import answers, figures, labels, lines, profile, steps
 from recipes.real_pair.signals import grounding_values, to_do, token_values
+from specguard.backends.tokenizer import FolderTokenizer
 from specguard.core import AttentionBlock, DraftCost, Observation
 from specguard.models import tiny
 
@@ -219,8 +220,14 @@ def test_a_verifier_is_fitted_to_signals_as_the_verifier_computes_them(
 ) -> None:
     for name, role in ("coder-0.5b", "draft"), ("coder-1.5b", "target"):
         (tmp_path / name).symlink_to(Path(tiny.__file__).parent / role)
+    token_ids = FolderTokenizer(tmp_path / "coder-1.5b").encode("24 / 2, so 12")[:4]
     rows = [
-        {**(SIGNALS if number % 2 else wrong()), "problem": number % 6, "step": number}
+        {
+            **(SIGNALS if number % 2 else wrong()),
+            "problem": number % 6,
+            "step": number,
+            "token_ids": token_ids,
+        }
         for number in range(60)
     ]
     (tmp_path / "signals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -230,9 +237,10 @@ def test_a_verifier_is_fitted_to_signals_as_the_verifier_computes_them(
     assert result.output.startswith("60 greedy steps of 6 problems, 30 right")
     stored = json.loads((tmp_path / "qwen2.5-coder.json").read_text())
     assert stored["pair"] == stored["name"] == "qwen2.5-coder"
-    low, high = stored["verifier"]["bounds"]["log_prob_sum"]
-    passes_from = low + stored["verifier"]["threshold"] * (high - low)
-    assert -36 < passes_from <= -4.75
+    assert set(stored["verifier"]["bounds"]) == {"log_prob_sum", "log_prob_numbers"}
+    assert stored["verifier"]["bounds"]["log_prob_sum"] == [-36.0, -4.75]
+    assert stored["figures"]["right_accepted"] == 1.0
+    assert stored["figures"]["wrong_accepted"] == 0.0
 
 
 def test_a_label_is_scored_once() -> None:
