@@ -86,7 +86,7 @@ class Replayed:
     Every candidate reaches to the end of its step, whatever its tokens are. What is scored has
     log-probabilities of 0 in accepted steps and very low ones in others, whichever candidate it
     is; distributions and choices leave no doubt whether a guessed token is accepted. ``guesses``:
-    what is drafted are guesses ahead, not steps.
+    what is drafted and read are guesses ahead, not steps.
     """
 
     def __init__(self, engine: Engine, schedule: Schedule, guesses: bool = False) -> None:
@@ -115,7 +115,7 @@ class Replayed:
         """What the engine says, and whether it was scheduled to accept it."""
         position = self._position(job)
         observations = await self._engine.score(job)
-        if job.choices:
+        if job.choices and self._guesses:
             return [
                 replace(seen, choices=self._chosen(token_ids, position))
                 for seen, token_ids in zip(observations, job.continuations, strict=True)
@@ -196,5 +196,5 @@ def replaying(solver: Solver, schedule: Schedule, guesses: bool = False) -> Solv
         max_step_tokens=schedule.num_tokens,
         max_steps=schedule.num_tokens,
     )
-    draft = Replayed(solver.draft, schedule, guesses)
-    return Solver(draft, Replayed(solver.target, schedule), config)
+    draft, target = (Replayed(model, schedule, guesses) for model in (solver.draft, solver.target))
+    return Solver(draft, target, config)

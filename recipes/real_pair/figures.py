@@ -25,7 +25,9 @@ from recipes.real_pair.lines import Record, read_lines
 from recipes.real_pair.signals import NUM_LAYERS, SOURCES
 from recipes.real_pair.steps import NUM_SAMPLED
 from specguard.backends.tokenizer import FolderTokenizer
-from specguard.core import DraftCost
+from specguard.core import Candidate, DraftCost
+from specguard.core.embedders import embed_by_ngrams, embed_by_numbers
+from specguard.core.selector import mean_similarities
 from specguard.files import write_atomically
 
 NUMERIC = re.compile(r"[\d=+\-*/×÷]")  # noqa: RUF001
@@ -229,7 +231,7 @@ def frontier(rows: Sequence[Record], cost: DraftCost) -> list[Point]:
     for _ in range(NUM_ROUNDS):  # a guess ends by the pace, and the pace is what guesses come to
         pace = sum(by_guesses(step, 0, cost, pace) for step in steps) / num_tokens
     is_right = np.array([step.is_right for step in steps])
-    points = [Point("`sd`", 0.0, 0.0, 0.0, pace)]
+    points = [Point("sd", 0.0, 0.0, 0.0, pace)]
     for bound in BOUNDS:
         found = [read_along(step, bound, cost, pace) for step in steps]
         passes = np.array([passed for _, passed in found])
@@ -255,6 +257,26 @@ def drawn(points: Sequence[Point]) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=120)
     return stream.getvalue()
+
+
+def consistency(labels: Sequence[Record], positions: Sequence[Record]) -> dict[str, Array]:
+    """How much each labelled step is like the draft's other samples of its place, in three ways.
+
+    The share of the samples with its very tokens, and its mean similarity to those that are not the
+    step itself, by n-grams and by numbers (`specguard.core.embedders`).
+    """
+    samples = {(row["problem"], row["step"]): row["samples"] for row in positions}
+    found: dict[str, list[float]] = {"equal": [], "n-grams": [], "numbers": []}
+    for label in labels:
+        others = list(samples[label["problem"], label["step"]])
+        found["equal"].append(label["multiplicity"] / len(others))
+        if label["candidate"] is not None:
+            del others[label["candidate"]]
+        texts = [label["text"], *(other["text"] for other in others)]
+        steps = [Candidate((0,), text, np.zeros(1), "delimiter") for text in texts]
+        for name, embed in ("n-grams", embed_by_ngrams), ("numbers", embed_by_numbers):
+            found[name].append(mean_similarities(embed(steps))[0])
+    return {name: np.array(values) for name, values in found.items()}
 
 
 def shares(labels: Sequence[Record]) -> list[str]:
@@ -298,7 +320,15 @@ def main(
 ) -> None:
     """Print the figures of the steps in the folder OUTPUT."""
     click.echo(f"solutions right: {share(read_lines(output / 'solutions.jsonl'))}")
-    click.echo("\n".join(shares(read_lines(output / "labels.jsonl"))))
+    labels = read_lines(output / "labels.jsonl")
+    click.echo("\n".join(shares(labels)))
+    parts, is_right = parts_of(labels), np.array([row["right"] for row in labels], bool)
+    alike = consistency(labels, read_lines(output / "candidates.jsonl"))
+    click.echo(f"\nAUC of consistency with 8 samples, on {len(labels)} labels:\n")
+    click.echo("| consistency | " + " | ".join(parts) + " |\n" + "|---" * (1 + len(parts)) + "|")
+    for name, column in alike.items():
+        cells = [f"{auc(column[part], is_right[part]):.3f}" for part in parts.values()]
+        click.echo(f"| {' | '.join([name, *cells])} |")
     repeats = read_lines(output / "labels_repeat.jsonl")
     noise = Counter((row["right"], sum(row["outcomes"])) for row in repeats)
     click.echo(f"repeats {len(repeats)}: (label, right ones of three) {dict(noise)}")

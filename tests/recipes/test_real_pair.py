@@ -144,6 +144,18 @@ SIGNALS: dict[str, Any] = {
 }
 
 
+def test_consistency_leaves_the_step_itself_out() -> None:
+    samples = [{"text": text} for text in ("4 apples", "4 apples", "5 pears", "4 plums")]
+    place = {"problem": 1, "step": 0}
+    sampled = {**place, "text": "5 pears", "candidate": 2, "multiplicity": 1}
+    greedy = {**place, "text": "4 apples", "candidate": None, "multiplicity": 2}
+    found = figures.consistency([sampled, greedy], [{**place, "samples": samples}])
+    assert found["equal"].tolist() == [0.25, 0.5]
+    assert found["numbers"][0] == 0
+    assert found["numbers"][1] == pytest.approx(0.75)
+    assert found["n-grams"][0] < found["n-grams"][1] < found["numbers"][1]
+
+
 def test_signals_are_reduced_to_numbers() -> None:
     values = figures.reductions(SIGNALS, ["2", " so", " Mia", "+"])
     expected = {
@@ -205,7 +217,7 @@ def test_the_frontier_counts_what_passes_and_what_it_costs() -> None:
     points = figures.frontier([SIGNALS, wrong()], DraftCost(0.9, verification=0.2))
     by_name = {point.name: point for point in points}
     # A guess has one token: so dear is the draft.
-    assert by_name["`sd`"].time == pytest.approx(3 * 1.1 / 4)
+    assert by_name["sd"].time == pytest.approx(3 * 1.1 / 4)
     # Sums are -4.75 and -36. Parts have two tokens; the second step is lost with its first part,
     # and one token is left for the target to write.
     assert by_name["-6"][1:4] == (1.0, 0.0, 0.0)
