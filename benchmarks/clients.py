@@ -143,6 +143,8 @@ def main(
 ) -> None:
     """Try clients, all of them or those of these NAMES; exit 1 where one fails."""
     rows, has_failed = [], False
+    if (draft is None) != (target is None):
+        raise click.UsageError("--draft and --target go together")
     models = ["--models", "tiny"]
     if draft is not None and target is not None:
         models = ["--draft", draft, "--target", target, "--served-name", "tiny"]

@@ -127,7 +127,8 @@ class Drawing:
         uniforms = np.array([draft.uniform for draft in drafts], dtype=np.float32)
         token_ids = self._layer.sample(outputs.logits, owners, self._sampling, uniforms)
         self._log.add(numbers, owners, outputs, token_ids)
-        if any(draft.least > -inf for draft in drafts):
+        is_watched = any(draft.least > -inf for draft in drafts)
+        if is_watched:
             self._log.describe()  # before the next pass, which would be waited for, too
         if self._keeps_distributions:
             probs = self._layer.warp(outputs.logits, self._sampling)
@@ -135,9 +136,9 @@ class Drawing:
                 draft.distributions.append(probs[owner])
         self._outputs, self._firsts = None, []
         if self._layer.reads_late:
-            self._read_late(token_ids, drafts)
+            self._read_late(token_ids, drafts, is_watched)
         else:
-            self._read(token_ids, drafts)
+            self._read(token_ids, is_watched)
         done = [job for job in self._jobs if not job.alive]
         self._leave(done)
         return done
@@ -251,19 +252,18 @@ class Drawing:
         job.tree = CandidateTree(len(prefix), kept.num_columns, not self._layer.reads_late)
         job.alive = [(0, number) for number in job.drafts]
 
-    def _drawn(self, token_ids: Array, drafts: Sequence[_Draft]) -> Iterator[tuple[int, float]]:
+    def _drawn(self, token_ids: Array, is_watched: bool) -> Iterator[tuple[int, float]]:
         """Tokens and their log-probabilities, which are looked at where a candidate ends by them.
 
         Else they are described later, those of many passes in one go.
         """
         read = self._layer.read(token_ids)
-        is_watched = any(draft.least > -inf for draft in drafts)
         logprobs = self._log.newest().tolist() if is_watched else [0.0] * len(read)
         return zip(read, logprobs, strict=True)
 
-    def _read(self, token_ids: Array, drafts: Sequence[_Draft]) -> None:
+    def _read(self, token_ids: Array, is_watched: bool) -> None:
         """Read what was drawn; who goes on is a leaf of the next pass."""
-        drawn = self._drawn(token_ids, drafts)
+        drawn = self._drawn(token_ids, is_watched)
         for job in self._jobs:
             assert job.tree is not None
             going_on = []
@@ -281,7 +281,7 @@ class Drawing:
                 for number in leaf.members
             ]
 
-    def _read_late(self, token_ids: Array, drafts: Sequence[_Draft]) -> None:
+    def _read_late(self, token_ids: Array, drafts: Sequence[_Draft], is_watched: bool) -> None:
         """Begin the pass over what was drawn, for every candidate, and read only then."""
         for job in self._jobs:
             assert job.tree is not None
@@ -290,7 +290,7 @@ class Drawing:
             job.num_drawn += 1
         if not all(draft.is_at_its_last for draft in drafts):
             self._outputs, self._firsts = self._forward(self._jobs, token_ids)
-        drawn = self._drawn(token_ids, drafts)
+        drawn = self._drawn(token_ids, is_watched)
         firsts = self._firsts or [0] * len(self._jobs)
         for job, first in zip(self._jobs, firsts, strict=True):
             assert job.tree is not None

@@ -27,7 +27,9 @@ from recipes.real_pair.steps import NUM_SAMPLED
 from specguard.backends.tokenizer import FolderTokenizer
 from specguard.core import Candidate, DraftCost
 from specguard.core.embedders import embed_by_ngrams, embed_by_numbers
+from specguard.core.loop import LEAST_CONFIDENCE
 from specguard.core.selector import mean_similarities
+from specguard.core.speculation import HIGHEST_CONFIDENCE, MOST_CONFIDENT_GUESSES
 from specguard.files import write_atomically
 
 NUMERIC = re.compile(r"[\d=+\-*/×÷]")  # noqa: RUF001
@@ -35,7 +37,6 @@ NAME = re.compile(r"\s?[A-Z][a-z]+")
 Array = NDArray[np.float64]
 ROLES = "target", "draft"
 BOUNDS = -2, -3, -4, -4.5, -6, -9, -12, -15, -20
-LEAST_CONFIDENCE, MOST_GUESSES = 0.15, 32  # as in the loop
 NUM_ROUNDS = 8
 
 
@@ -197,10 +198,10 @@ class Drafted:
 
 def by_guesses(step: Drafted, start: int, cost: DraftCost, pace: float) -> float:
     """What the target's rest of a step costs, the draft guessing, if both wrote on alike."""
-    least = min(0.95, (cost.candidate + cost.reading) / pace)
+    least = min(HIGHEST_CONFIDENCE, (cost.candidate + cost.reading) / pace)
     spent, n = 0.0, len(step.target)
     while start < n:
-        end = step.part(start, MOST_GUESSES, least)
+        end = step.part(start, MOST_CONFIDENT_GUESSES, least)
         spent += cost.of_step(1, end - start, end - start)
         start = min(n, step.first_other(start) + 1 if step.first_other(start) < end else end + 1)
     return spent

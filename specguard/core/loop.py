@@ -35,7 +35,7 @@ from specguard.core.verifier import by_reward, verify
 
 # While a draft's step is read part by part: by how much confidence in a part the next one is
 # asked for, and the tokens of a part where the draft cannot say.
-_LEAST_CONFIDENCE, _PART = 0.15, 24
+LEAST_CONFIDENCE, _PART = 0.15, 24
 
 
 class Solving:
@@ -171,7 +171,7 @@ class Solving:
         """More of a step that is begun, what the target says of it, and whether that is its end."""
         with self.recorder.phase("propose"):
             part, is_whole = await self.context.draft_on(
-                self.config.step_sampling, drafted, self._most_unread, _LEAST_CONFIDENCE
+                self.config.step_sampling, drafted, self._most_unread, LEAST_CONFIDENCE
             )
         with self.recorder.phase("verify"):
             [seen] = await self.context.score(
@@ -331,13 +331,14 @@ class Solving:
     async def _write_on(self, begun: tuple[int, ...] = ()) -> WrittenStep:
         """A step by the target, or the rest of a begun one; the draft may guess its tokens."""
         sampling = self.config.rewrite_sampling
-        if self.lookahead.num_ahead:
+        is_guessed = self.lookahead.num_ahead > 0
+        if is_guessed:
             written = await write_by_guesses(self.context, sampling, self.lookahead, begun)
-            self.fallback.pace = self.lookahead.pace
-            return written
-        written = WrittenStep.of(await self._write("target", sampling, begun))
+        else:
+            written = WrittenStep.of(await self._write("target", sampling, begun))
         self.fallback.pace = self.lookahead.pace
-        self.lookahead.rest()
+        if not is_guessed:
+            self.lookahead.rest()
         return written
 
     async def _write(

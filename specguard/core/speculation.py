@@ -23,8 +23,8 @@ from specguard.core.step import WrittenStep
 
 _USUAL_GUESSES = 4  # tokens, of method "sd" where the cost is not known
 _MOST_GUESSES = 16
-_MOST_CONFIDENT_GUESSES = 32  # where the draft says when to stop
-_HIGHEST_CONFIDENCE = 0.95
+MOST_CONFIDENT_GUESSES = 32  # where the draft says when to stop
+HIGHEST_CONFIDENCE = 0.95
 _LONGEST_PAUSE = 32  # steps
 # As if so many guesses had been judged before the first one.
 _KEPT, _REJECTED = 17, 3
@@ -79,7 +79,7 @@ class Lookahead:
             return 0
         if not self._is_confident:
             return self._best_number
-        return _MOST_CONFIDENT_GUESSES if self._spent < self._num_written else self._least
+        return MOST_CONFIDENT_GUESSES if self._spent < self._num_written else self._least
 
     @property
     def least_confidence(self) -> float:
@@ -87,7 +87,7 @@ class Lookahead:
         if self._num_fixed is not None or self._cost is None or not self._is_confident:
             return 0.0
         share = (self._cost.candidate + self._cost.reading) / self.pace
-        return min(_HIGHEST_CONFIDENCE, share)
+        return min(HIGHEST_CONFIDENCE, share)
 
     @property
     def pace(self) -> float:
