@@ -12,11 +12,11 @@ from specguard.core import Engine
 from tests import fake_llama
 from tests.reference import ReferenceEngine
 
-LOCAL_ENGINES = ("torch", "torch, late", "mlx", "fake llamacpp", "llamacpp")
+LOCAL_ENGINES = ("torch", "torch, late", "torch, fixed", "mlx", "fake llamacpp", "llamacpp")
 
 
 def load(name: str, folder: Path) -> Engine:
-    """An engine by name: "torch" or "mlx", or "torch, late", which reads tokens as GPUs do."""
+    """An engine by name: "torch, late" reads tokens as GPUs do, "torch, fixed" has their passes."""
     if name.startswith("reference"):
         return ReferenceEngine.load(folder)
     return load_local(name, folder)
@@ -32,11 +32,15 @@ def load_local(name: str, folder: Path) -> LocalEngine:
         return load_gguf(folder)
     if name.startswith("fake llamacpp"):
         return fake_llama.load(folder)
+    from specguard.backends.pytorch.layer import TorchLayer
     from specguard.backends.pytorch.loading import load_model
 
     engine = load_model(str(folder))
-    if name.endswith("late"):
+    if name.endswith(("late", "fixed")):
         engine.layer.reads_late = True  # type: ignore[misc]
+    if name.endswith("fixed"):
+        assert isinstance(engine.layer, TorchLayer)
+        engine.layer.fix_shapes()
     return engine
 
 
@@ -98,6 +102,7 @@ class WatchedLayer:
 def spoil_new_memory(patch: pytest.MonkeyPatch) -> None:
     """Columns that nobody has written hold what memory holds: anything, so here the worst."""
     from specguard.backends.pytorch.kv import KVBuffer
+    from specguard.backends.pytorch.slots import Slot, SlotPool
 
     allocate = KVBuffer._allocate
 
@@ -107,3 +112,12 @@ def spoil_new_memory(patch: pytest.MonkeyPatch) -> None:
         self.data.fill_(float("nan"))
 
     patch.setattr(KVBuffer, "_allocate", spoiled)
+    # But for slots, which promise numbers.
+    zeros = SlotPool._zeros
+    patch.setattr(SlotPool, "_zeros", lambda *arguments: zeros(*arguments) + 100)
+
+    def clear(self: Slot) -> None:
+        assert self.data is not None
+        self.data.fill_(100)
+
+    patch.setattr(Slot, "clear", clear)

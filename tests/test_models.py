@@ -90,7 +90,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     figures = SimpleNamespace(available=20 * GB, total=64 * GB)
     monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "none")
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: figures)
-    monkeypatch.setattr(torch_loading, "_computes_bfloat16", lambda: True)
+    monkeypatch.setattr(torch_loading, "_computes_bfloat16", lambda device: True)
     return figures
 
 
@@ -118,7 +118,7 @@ def test_what_fits_is_what_loading_would_not_refuse(machine: SimpleNamespace) ->
 def test_numbers_take_what_the_backend_computes_with(
     machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_loading, "_computes_bfloat16", lambda: False)
+    monkeypatch.setattr(torch_loading, "_computes_bfloat16", lambda device: False)
     for reads_halves, size in (True, 2), (False, 4):
         monkeypatch.setattr(torch_loading, "reads_halves", lambda known=reads_halves: known)
         coder = listed("--backend", "cpu")["qwen2.5-coder"]

@@ -245,22 +245,43 @@ def test_weights_stay_in_16_bits_where_single_precision_is_computed(
 
 
 @pytest.mark.parametrize(
-    ("stored", "size", "computes", "expected"),
+    ("device", "stored", "size", "computes", "expected"),
     [
-        ("bfloat16", 10**9, True, torch.bfloat16),
-        ("bfloat16", 10**9, False, torch.float32),
-        ("float32", 10**9, True, torch.float32),
-        ("bfloat16", 10**6, True, torch.float32),
+        ("cpu", "bfloat16", 10**9, True, torch.bfloat16),
+        ("cpu", "bfloat16", 10**9, False, torch.float32),
+        ("cpu", "float16", 10**9, True, torch.float32),
+        ("cpu", "float32", 10**9, True, torch.float32),
+        ("cpu", "bfloat16", 10**6, True, torch.float32),
+        ("mps", "bfloat16", 10**9, True, torch.bfloat16),
+        ("mps", "bfloat16", 10**9, False, torch.float32),  # in float16 it would overflow
+        ("mps", "float16", 10**9, False, torch.float16),
+        ("mps", "float32", 10**6, True, torch.float32),
+        ("cuda", "float32", 10**6, False, torch.bfloat16),
     ],
 )
-def test_large_checkpoints_in_bfloat16_stay_so_where_the_processor_computes_with_it(
-    stored: str, size: int, computes: bool, expected: Any, monkeypatch: pytest.MonkeyPatch
+def test_large_checkpoints_in_bfloat16_stay_so_where_the_device_computes_with_it(
+    device: str,
+    stored: str,
+    size: int,
+    computes: bool,
+    expected: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from specguard.backends.pytorch import loading
 
-    monkeypatch.setattr(loading, "_computes_bfloat16", lambda: computes)
-    assert loading._dtype("auto", torch.device("cpu"), size, stored) == expected
-    assert loading._dtype("float32", torch.device("cpu"), size, stored) == torch.float32
+    monkeypatch.setattr(loading, "_computes_bfloat16", lambda device: computes)
+    assert loading._dtype("auto", torch.device(device), size, stored) == expected
+    assert loading._dtype("float32", torch.device(device), size, stored) == torch.float32
+
+
+def test_metal_is_asked_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    from specguard.backends.pytorch import loading
+
+    for answer in True, False:
+        monkeypatch.setattr(
+            torch.backends.mps, "is_macos_or_newer", lambda *version, answer=answer: answer
+        )
+        assert loading._computes_bfloat16(torch.device("mps")) == answer
 
 
 def test_a_processor_is_asked_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +293,7 @@ def test_a_processor_is_asked_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(
             torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False
         )
-        assert loading._computes_bfloat16() == (is_x86 or is_arm)
+        assert loading._computes_bfloat16(torch.device("cpu")) == (is_x86 or is_arm)
 
 
 def test_fused_layers_hold_nothing_twice(checkpoint: Path) -> None:
@@ -292,13 +313,13 @@ def test_fused_layers_that_differ_are_not_used(
     if spoiled == "_rotate":
         monkeypatch.setattr(fused, "_rotate", lambda states, cos, sin: states)
     elif spoiled == "_normed":
-        monkeypatch.setattr(fused, "_normed", lambda states, gain, floor: states)
+        monkeypatch.setattr(fused, "_normed", lambda states, norm: states)
     else:  # right but for late positions
-        rotation = fused.FusedLayers._rotation
+        turns = fused.FusedLayers.turns
         monkeypatch.setattr(
             fused.FusedLayers,
-            "_rotation",
-            lambda self, positions, end: rotation(self, positions.clamp(max=300), end),
+            "turns",
+            lambda self, end: turns(self, end)[torch.arange(end).clamp(max=300)],
         )
     engine = load_model(str(checkpoint))
     assert engine.note == ("transformers' own layers run it: fused layers come to other logits")
@@ -411,7 +432,7 @@ def test_tokens_are_described_alike_in_whatever_portions(monkeypatch: pytest.Mon
     prefix = engine.tokenizer.encode_prompt(PROBLEM, None, False).token_ids
     found = []
     for most in 0, 5000, 2**20:
-        monkeypatch.setattr(TorchLayer, "most_waiting_logits", most)
+        engine.layer.most_waiting_logits = most  # type: ignore[attr-defined]
         # One ends early: what is left is of the other alone.
         jobs = [
             generate_job(engine, prefix, 3, 5, Sampling(1.5, 1.0), key=0, hidden_states=True),

@@ -32,7 +32,7 @@ def backend(request: pytest.FixtureRequest) -> MeasuredBackend:
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model counts as large, on a processor that computes in bfloat16."""
     monkeypatch.setattr(loading, "_LARGE", 0)
-    monkeypatch.setattr(loading, "_computes_bfloat16", lambda: True)
+    monkeypatch.setattr(loading, "_computes_bfloat16", lambda device: True)
 
 
 def logits(engine: Any, passes: list[int]) -> Any:

@@ -1,11 +1,11 @@
 """The passes of a Llama, Qwen2 or Qwen3 without transformers' layers: plain matrix products.
 
-On a CPU, the Python of an eager pass costs more than the arithmetic of a small model. Used on the
-CPU, where a model passes the comparison with its own layers at load. Norms are computed in single
+The Python and the launches of an eager pass cost more than the arithmetic of a small model. Used
+where a model passes the comparison with its own layers at load. Norms are computed in single
 precision, as transformers does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -26,23 +26,42 @@ from specguard.backends.pytorch.matrix import Matrix
 from specguard.core.reference import is_reference
 
 _FUSED = LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+_DEVICES = "cpu", "cuda"
+_NUMBER_TYPES = {torch.float32, torch.bfloat16, torch.float16}
 _ROPE_TYPES = ("default", "linear", "llama3")
 _FIRST_POSITIONS = 512
+
+
+# Attention of a pass: from the layer's number, queries and keys [N, heads + kv_heads, head_dim], of
+# which positions have turned, and values [N, kv_heads, head_dim], to the output [N, heads * dim].
+Attend = Callable[[int, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    """An RMS norm's weight [..., width], and what a CPU multiplies by: ``gain``, in float32.
+
+    ``gain`` is times, ``floor`` with the root of the width.
+    """
+
+    weight: Tensor
+    epsilon: float
+    gain: Tensor
+    floor: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
     """One layer's weights, those with the same input in one.
 
-    ``head_norm`` [query and key heads, head_dim] are the gains of queries and keys, if these are
-    normed (Qwen3).
+    ``head_norm`` is of the queries and keys, if these are normed (Qwen3), head by head.
     """
 
-    input_norm: Tensor
+    input_norm: _Norm
     qkv: Matrix
-    head_norm: Tensor | None
+    head_norm: _Norm | None
     out: Matrix
-    post_norm: Tensor
+    post_norm: _Norm
     gate_up: Matrix
     down: Matrix
 
@@ -56,18 +75,15 @@ class FusedLayers:
     def __init__(self, model: PreTrainedModel, is_packed: bool = False) -> None:
         config = model.config
         self._base: Any = model.base_model
-        self._num_heads = int(config.num_attention_heads)
-        self._num_kv_heads = int(config.num_key_value_heads)
-        self._head_dim = int(
-            getattr(config, "head_dim", None) or config.hidden_size // self._num_heads
+        self.num_heads = int(config.num_attention_heads)
+        self.num_kv_heads = int(config.num_key_value_heads)
+        self.head_dim = int(
+            getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
         )
         self._number_type = model.dtype
-        epsilon = float(config.rms_norm_eps)
-        self._floor = torch.tensor((int(config.hidden_size) * epsilon) ** 0.5)
-        self._head_floor = torch.tensor((self._head_dim * epsilon) ** 0.5)
-        self._norm = _gain(self._base.norm)
+        self._norm = _norm(self._base.norm)
         self._layers = [
-            _fuse(layer, self._num_heads, self._num_kv_heads, is_packed)
+            _fuse(layer, self.num_heads, self.num_kv_heads, is_packed)
             for layer in self._base.layers
         ]
         head: Any = model.get_output_embeddings()
@@ -100,49 +116,57 @@ class FusedLayers:
 
         Their columns go to the rows' buffers.
         """
-        cos, sin = self._rotation(positions, end)
-        num_heads, num_rotated = self._num_heads, self._num_heads + self._num_kv_heads
-        scale = self._head_dim**-0.5
+        scale = self.head_dim**-0.5
+
+        def attend(layer: int, turned: Tensor, value: Tensor) -> Tensor:
+            outputs = []
+            for placed in rows:
+                own = turned[placed.queries].transpose(0, 1)
+                query, key = own[: self.num_heads], own[self.num_heads :]
+                values = value[placed.queries].transpose(0, 1)
+                outputs.append(attend_row(layer, query, key, values, scale, placed))
+            output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            return output.view(len(tokens), -1)
+
+        return self.states(tokens, self.turns(end)[positions], attend)
+
+    def states(self, tokens: Tensor, turns: Tensor, attend: Attend) -> Tensor:
+        """Final hidden states [N, H] of tokens [N], with attention from elsewhere.
+
+        ``turns`` [N, 2, 1, head_dim] are of their positions.
+        """
+        cos, sin = turns.unbind(1)
         # Rows of a matrix throughout: products of more dimensions are slower to set up.
         embedded = functional.embedding(tokens, self._base.embed_tokens.weight)
         states = embedded.to(self._number_type)
         for index, layer in enumerate(self._layers):
-            inputs = _normed(states, layer.input_norm, self._floor)
-            heads = layer.qkv(inputs).contiguous()
-            heads = heads.view(len(tokens), -1, self._head_dim)
-            turning = heads[:, :num_rotated]
+            heads = layer.qkv(_normed(states, layer.input_norm)).contiguous()
+            heads = heads.view(len(tokens), -1, self.head_dim)
+            turning, value = heads[:, : -self.num_kv_heads], heads[:, -self.num_kv_heads :]
             if layer.head_norm is not None:
-                turning = _normed(turning, layer.head_norm, self._head_floor)
-            rotated = _rotate(turning, cos, sin)
-            outputs = []
-            for placed in rows:
-                turned = rotated[placed.queries].transpose(0, 1)
-                value = heads[placed.queries, num_rotated:].transpose(0, 1)
-                outputs.append(
-                    attend_row(index, turned[:num_heads], turned[num_heads:], value, scale, placed)
-                )
-            output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-            states = layer.out(output.view(len(tokens), -1), states)
-            inputs = _normed(states, layer.post_norm, self._floor)
-            gate, up = layer.gate_up(inputs).chunk(2, -1)
+                turning = _normed(turning, layer.head_norm)
+            states = layer.out(attend(index, _rotate(turning, cos, sin), value), states)
+            gate, up = layer.gate_up(_normed(states, layer.post_norm)).chunk(2, -1)
             states = layer.down(functional.silu(gate).mul_(up), states)
-        return _normed(states, self._norm, self._floor).contiguous()
+        return _normed(states, self._norm).contiguous()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What the head makes of final hidden states; without the hooks of a module's call."""
         return self._head(hidden).contiguous()
 
-    def _rotation(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines [N, 1, head_dim] of positions before ``end``."""
+    def turns(self, end: int) -> Tensor:
+        """Cosines and signed sines [positions, 2, 1, head_dim] of positions up to ``end``.
+
+        A tensor that was handed over stays as it is.
+        """
         if end > len(self._turns):
             count = max(_FIRST_POSITIONS, 2 * end)
-            places = torch.arange(count, device=positions.device)[None]
-            kind = torch.empty(0, dtype=self._number_type, device=positions.device)
+            places = torch.arange(count, device=self._norm.weight.device)[None]
+            kind = torch.empty(0, dtype=self._number_type, device=places.device)
             cos, sin = self._base.rotary_emb(kind, places)
             sin[..., : sin.shape[-1] // 2] *= -1
             self._turns = torch.stack([cos[0], sin[0]], 1).unsqueeze(2)
-        cos, sin = self._turns[positions].unbind(1)
-        return cos, sin
+        return self._turns
 
 
 def why_not_fused(model: PreTrainedModel) -> str | None:
@@ -155,8 +179,8 @@ def why_not_fused(model: PreTrainedModel) -> str | None:
     if reason is not None:
         return reason
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    if model.device.type != "cpu" or dtypes not in ({torch.float32}, {torch.bfloat16}):
-        return "fused layers compute in float32 or bfloat16 on a CPU"
+    if model.device.type not in _DEVICES or len(dtypes) > 1 or not dtypes <= _NUMBER_TYPES:
+        return "fused layers compute in float32, bfloat16 or float16 on a CPU or with CUDA"
     modules = [
         module
         for layer in model.base_model.layers
@@ -193,14 +217,14 @@ def _fuse(layer: Any, num_heads: int, num_kv_heads: int, is_packed: bool) -> _La
     attention, mlp = layer.self_attn, layer.mlp
     head_norm = None
     if hasattr(attention, "q_norm"):
-        gains = [_gain(attention.q_norm)] * num_heads + [_gain(attention.k_norm)] * num_kv_heads
-        head_norm = torch.stack(gains)
+        norms = [attention.q_norm] * num_heads + [attention.k_norm] * num_kv_heads
+        head_norm = _norm(*norms)
     return _Layer(
-        _gain(layer.input_layernorm),
+        _norm(layer.input_layernorm),
         _fused(is_packed, attention.q_proj, attention.k_proj, attention.v_proj),
         head_norm,
         _fused(is_packed, attention.o_proj),
-        _gain(layer.post_attention_layernorm),
+        _norm(layer.post_attention_layernorm),
         _fused(is_packed, mlp.gate_proj, mlp.up_proj),
         _fused(is_packed, mlp.down_proj),
     )
@@ -224,18 +248,31 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-def _gain(norm: Any) -> Tensor:
-    """What `_normed` multiplies by, in single precision."""
-    weight = norm.weight.data.float()
-    gain: Tensor = weight * len(weight) ** 0.5
-    return gain
+def _norm(*modules: Any) -> _Norm:
+    """The norm of a module, or of several, each for a head of its own."""
+    weights = [module.weight.data for module in modules]
+    weight = weights[0] if len(weights) == 1 else torch.stack(weights)
+    width = weight.shape[-1]
+    epsilon = float(modules[0].variance_epsilon)
+    floor = torch.tensor((width * epsilon) ** 0.5)
+    return _Norm(weight, epsilon, weight.float() * width**0.5, floor)
 
 
-def _normed(states: Tensor, gain: Tensor, floor: Tensor) -> Tensor:
-    """RMS norm; ``gain`` is times the root of the width. Half the time of torch's own."""
+def _normed(states: Tensor, norm: _Norm) -> Tensor:
+    """RMS norm."""
+    if states.device.type != "cpu":
+        return _normed_at_once(states, norm)
+    # Half the time of torch's own.
     wide = states.float()
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return (wide / torch.hypot(length, floor)).mul_(gain).to(states.dtype)
+    return (wide / torch.hypot(length, norm.floor)).mul_(norm.gain).to(states.dtype)
+
+
+def _normed_at_once(states: Tensor, norm: _Norm) -> Tensor:
+    """The same where each operation is a launch."""
+    if norm.weight.dim() == 1:
+        return functional.rms_norm(states, norm.weight.shape, norm.weight, norm.epsilon)
+    return functional.rms_norm(states, states.shape[-1:], None, norm.epsilon) * norm.weight
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

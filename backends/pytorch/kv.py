@@ -17,7 +17,7 @@ class KVBuffer:
     keys and values differ.
     """
 
-    __slots__ = ("_layers", "_num_layers", "_widths", "data")
+    __slots__ = ("__weakref__", "_layers", "_num_layers", "_widths", "data")
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
@@ -38,8 +38,7 @@ class KVBuffer:
         Returned are views [1, kv_heads, columns, dim].
         """
         stop = start + key.shape[1]
-        if self.data is None or self.data.shape[3] < stop:
-            self._grow(key, value, start, stop)
+        self._make_room(key, value, start, stop)
         keys, values = self._layers[layer]
         keys[0, :, start:stop] = key
         values[0, :, start:stop] = value
@@ -59,8 +58,10 @@ class KVBuffer:
         assert self.data is not None
         self.data[:, :, :, :length] = other.data[:, :, :, :length]
 
-    def _grow(self, key: Tensor, value: Tensor, held: int, stop: int) -> None:
+    def _make_room(self, key: Tensor, value: Tensor, held: int, stop: int) -> None:
         old = self.data
+        if old is not None and old.shape[3] >= stop:
+            return
         if old is None:
             self._widths = key.shape[2], value.shape[2]
             shape = self._num_layers, 2, key.shape[0], 0, max(self._widths)
@@ -73,9 +74,12 @@ class KVBuffer:
     def _allocate(self, like: Tensor, columns: int) -> None:
         layers, _, heads, _, dim = like.shape
         capacity = max(_FIRST_CAPACITY, columns)
-        self.data = like.new_empty(layers, 2, heads, capacity, dim)
+        self._look_at(like.new_empty(layers, 2, heads, capacity, dim))
+
+    def _look_at(self, data: Tensor) -> None:
+        self.data = data
         keys, values = self._widths
-        self._layers = [(part[0:1, ..., :keys], part[1:2, ..., :values]) for part in self.data]
+        self._layers = [(part[0:1, ..., :keys], part[1:2, ..., :values]) for part in data]
 
 
 class PassCache(Cache):  # type: ignore[misc]

@@ -12,19 +12,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specguard.backends.local.layer import Outputs, Row
+from specguard.backends.pytorch.fixed import FixedPasses
 from specguard.backends.pytorch.fused import FusedLayers, why_not_fused
 from specguard.backends.pytorch.kv import KVBuffer
 from specguard.backends.pytorch.own_layers import OwnLayers
 from specguard.backends.pytorch.placing import is_range, tensor_on
+from specguard.backends.pytorch.reads import LateReads
 from specguard.backends.pytorch.sampling import describe, first_choices, sample, warp
+from specguard.backends.pytorch.slots import KVShape, SlotPool
 from specguard.core.engine import FloatArray, Sampling
 from specguard.core.errors import SpecguardError
 
 # Deviation of fused layers' logits, as a share of how far these spread: rounding comes to a third.
-_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 _OTHER_TYPE = 0.3  # of single precision from bfloat16, where no more than a product can be wrong
 _LATE = 4096  # a position that is checked
-_MOST_WAITING_LOGITS = 2**16  # numbers; where passes are larger, describing them alone costs little
+# Numbers; where passes are larger, describing them alone costs little. A GPU waits for launches.
+_MOST_WAITING_LOGITS = {"cpu": 2**16, "cuda": 2**22, "mps": 2**22}
 
 
 class TorchLayer:
@@ -40,8 +44,6 @@ class TorchLayer:
             these passes cannot express, or is to be packed and cannot be fused.
     """
 
-    most_waiting_logits = _MOST_WAITING_LOGITS
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -54,10 +56,15 @@ class TorchLayer:
         self._num_tokens = num_tokens
         self.device = model.device
         self.reads_late = self.device.type != "cpu"
+        self.most_waiting_logits = _MOST_WAITING_LOGITS.get(self.device.type, 2**16)
+        self._late_reads = LateReads(self.device)
         self.num_layers = int(model.config.get_text_config().num_hidden_layers)
         self._own = OwnLayers(self.model, name)
         self._compute_in(model.dtype)
         self._fused: FusedLayers | None = None
+        self._pool: SlotPool | None = None
+        self.fixed: FixedPasses | None = None
+        self._why_not_fixed: str | None = None
         self.why_not_fused = why_not_fused(model)
         if self.why_not_fused is None and self._own.brings_attention:
             self.why_not_fused = "it brings its own attention"
@@ -72,12 +79,30 @@ class TorchLayer:
             if self._fused is None and number_type is not None:
                 model.to(number_type)
                 self._compute_in(number_type)
-            if number_type is not None:
+            if number_type is not None or self.fixed is not None:
                 self._probe(name)
+
+    def fix_shapes(self) -> None:
+        """Run small passes in fixed shapes from now on, as CUDA needs it; buffers are slots then.
+
+        Fused layers must be in use, and no buffer.
+        """
+        assert self._fused is not None
+        heads = self._fused.num_kv_heads, self._fused.head_dim
+        shape = KVShape(self.num_layers, *heads, self.number_type, self.device)
+        self._pool = SlotPool(shape)
+        self.fixed = FixedPasses(self._fused, self._pool)
+
+    @property
+    def why_not_recorded(self) -> str | None:
+        """Why small passes are not launched as CUDA graphs, None where they are."""
+        if self.fixed is not None:
+            return self.fixed.why_not_recorded
+        return self._why_not_fixed or self.why_not_fused or "only CUDA records passes"
 
     def new_buffer(self) -> KVBuffer:
         """An empty buffer."""
-        return KVBuffer(self.num_layers)
+        return KVBuffer(self.num_layers) if self._pool is None else self._pool.new_slot()
 
     def forward(
         self,
@@ -87,6 +112,10 @@ class TorchLayer:
         wanted: Sequence[int] | None,
     ) -> Outputs | None:
         """Forward tokens [N]; hidden states and logits of the wanted queries."""
+        shape = None if self.fixed is None else self.fixed.shape_of(rows)
+        if shape is not None:
+            assert self.fixed is not None
+            return self._outputs_of(self.fixed(shape, rows, token_ids, positions), wanted)
         tokens = token_ids
         if not isinstance(tokens, Tensor):
             tokens = tensor_on(self.device, list(tokens))
@@ -94,29 +123,26 @@ class TorchLayer:
         placed = self._placing.place(rows)
         if self._fused is not None:
             hidden = self._fused(tokens, places, max(positions) + 1, placed)
-            found = None
-            if wanted is not None:
-                hidden = self._own.rows_of(hidden, wanted)
-                found = hidden, self._fused.logits(hidden)
+            found = self._outputs_of(hidden, wanted)
         else:
-            found = self._own(tokens, places, placed, self._placing, wanted)
+            own = self._own(tokens, places, placed, self._placing, wanted)
+            found = None if own is None else Outputs(own[0], own[1][:, : self._num_tokens])
         for row in placed:
             for capture in row.captures:
                 capture.finish()
-        if found is None:
-            return None
-        hidden, logits = found
-        return Outputs(hidden, logits[:, : self._num_tokens])
+        return found
 
     def sample(
         self, logits: Tensor, owners: Sequence[int], sampling: Sampling, uniforms: FloatArray
     ) -> Tensor:
         """Token ids [N]."""
-        return sample(logits, sampling, uniforms, self._owners(owners, len(logits)))
+        drawn = sample(logits, sampling, uniforms, self._owners(owners, len(logits)))
+        self._late_reads.begin(drawn)
+        return drawn
 
     def read(self, token_ids: Tensor) -> list[int]:
         """Token ids as numbers."""
-        found: list[int] = token_ids.tolist()
+        found: list[int] = self._late_reads.end(token_ids).tolist()
         return found
 
     def describe(
@@ -134,7 +160,9 @@ class TorchLayer:
             for _, _, ids in parts
         ]
         wanted = token_ids[0] if len(parts) == 1 else torch.cat(token_ids)
-        return describe(logits, wanted, self._owners(rows, len(logits)))
+        logprobs, entropies = describe(logits, wanted, self._owners(rows, len(logits)))
+        self._late_reads.begin(logprobs)
+        return logprobs, entropies
 
     def first_choices(self, logits: Tensor) -> FloatArray:
         """The most probable token id of each row."""
@@ -173,7 +201,7 @@ class TorchLayer:
 
     def numpy(self, array: Tensor) -> FloatArray:
         """Numbers in float32."""
-        found: FloatArray = array.float().cpu().numpy()
+        found: FloatArray = self._late_reads.end(array).float().numpy()
         return found
 
     def synchronize(self) -> None:
@@ -199,6 +227,14 @@ class TorchLayer:
                 "fewer candidates (--k), fewer problems at a time, a shorter context or a smaller "
                 "pair need less; or close other programs",
             ) from error
+
+    def _outputs_of(self, hidden: Tensor, wanted: Sequence[int] | None) -> Outputs | None:
+        """What fused layers came to, of the wanted queries."""
+        if wanted is None:
+            return None
+        assert self._fused is not None
+        hidden = self._own.rows_of(hidden, wanted)
+        return Outputs(hidden, self._fused.logits(hidden)[:, : self._num_tokens])
 
     def _owners(self, owners: Sequence[int], count: int) -> Tensor | None:
         """None where each row is one's own."""
@@ -227,6 +263,11 @@ class TorchLayer:
                 "this build of torch multiplies wrongly by weights that are laid out for it",
                 "set SPECGUARD_REFERENCE=1 to do without",
             )
+        if self.device.type == "cuda":
+            self.fix_shapes()
+            if not self._passes_agree(expected, tolerance):
+                self._pool = self.fixed = None
+                self._why_not_fixed = "passes of fixed shapes come to other logits"
 
     def _passes_agree(self, expected: list[Tensor], tolerance: float) -> bool:
         """Whether sample passes come to these logits [N, V], each row but for a constant."""

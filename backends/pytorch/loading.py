@@ -37,8 +37,9 @@ def load_model(
 ) -> LocalEngine:
     """Load a folder or a downloaded hub id (``owner/name[@revision]``).
 
-    ``dtype`` "auto" is bfloat16 on CUDA, float16 on MPS, and on a CPU float32, or bfloat16 for a
-    large checkpoint in bfloat16 where the processor computes with it; weights of 16 bits stay so
+    ``dtype`` "auto" is bfloat16 on CUDA, and on a CPU and MPS float32, or bfloat16 for a large
+    checkpoint in bfloat16 where the device computes with it; float16 is kept on MPS. Weights of 16
+    bits stay so
     where single precision is computed, if a kernel allows it; "int4" is bfloat16 with weights
     rounded to 4 bits. ``is_headless`` is for reward models: a language head is not asked
     for.
@@ -105,10 +106,14 @@ def load_model(
 
 
 def _note(layer: TorchLayer) -> str:
-    """What costs time on a CPU; on a GPU nothing else is to be expected."""
-    if layer.why_not_fused is None or layer.device.type != "cpu":
+    """What costs time."""
+    if layer.device.type == "mps":  # nothing else is to be expected there
         return ""
-    return f"transformers' own layers run it: {layer.why_not_fused}"
+    if layer.why_not_fused is not None:
+        return f"transformers' own layers run it: {layer.why_not_fused}"
+    if layer.device.type == "cuda" and layer.why_not_recorded is not None:
+        return f"its passes are not recorded as CUDA graphs: {layer.why_not_recorded}"
+    return ""
 
 
 def draft_dtype(source: str) -> str:
@@ -214,12 +219,13 @@ def _device(name: str) -> torch.device:
 def _dtype(name: str, device: torch.device, num_parameters: int, held: str) -> torch.dtype:
     """What is computed with, of a checkpoint that holds numbers of the type ``held``."""
     if name == "auto":
-        if device.type == "cpu":
-            # What fits a processor's cache gains nothing by being half as large.
-            is_large = num_parameters >= _LARGE
-            is_half = is_large and held == "bfloat16" and _computes_bfloat16()
-            return torch.bfloat16 if is_half else torch.float32
-        return torch.float16 if device.type == "mps" else torch.bfloat16
+        if device.type == "cuda":
+            return torch.bfloat16
+        if device.type == "mps" and held == "float16":
+            return torch.float16  # else it overflows
+        # What fits a processor's cache gains nothing by being half as large.
+        is_half = num_parameters >= _LARGE and held == "bfloat16" and _computes_bfloat16(device)
+        return torch.bfloat16 if is_half else torch.float32
     if name not in _DTYPES:
         raise SpecguardError(f"unknown dtype {name!r}", f"dtypes: auto, {', '.join(_DTYPES)}")
     if name == PACKED and device.type != "cpu":
@@ -243,8 +249,10 @@ def _is_halved(
     )
 
 
-def _computes_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 itself (AVX512-BF16, AMX; Arm's BF16)."""
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is multiplied as it is (AVX512-BF16, AMX; Arm's BF16; Metal of macOS 14)."""
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
     # Older versions of torch do not tell of Arm's.
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.cpu._is_avx512_bf16_supported() or bool(capabilities.get("bf16"))

@@ -28,6 +28,16 @@ def is_range(numbers: Sequence[int]) -> bool:
     return all(number == place for place, number in enumerate(numbers))
 
 
+def see(row: Row, visible: NDArray[np.bool_]) -> None:
+    """Write what a row's queries see, [queries, columns up to the last new one]."""
+    if row.visible is None:
+        visible[:, : row.start] = True
+        visible[:, row.start :] = np.tri(row.num_queries, dtype=np.bool_)
+    else:
+        visible[:, : row.base] = True
+        visible[:, row.base :] = row.visible
+
+
 class Placing:
     """Places rows for a model of ``num_layers`` that computes in ``number_type``.
 
@@ -56,11 +66,8 @@ class Placing:
 
     def mask(self, row: Row) -> Tensor:
         """What is added to a row's scores, [1, 1, queries, columns]."""
-        seen = np.ones((row.num_queries, row.stop), dtype=np.bool_)
-        if row.visible is None:
-            seen[:, row.start :] = np.tri(row.num_queries, dtype=np.bool_)
-        else:
-            seen[:, row.base :] = row.visible
+        seen = np.empty((row.num_queries, row.stop), dtype=np.bool_)
+        see(row, seen)
         return torch.where(tensor_on(self._device, seen), self._open, self._closed)[None, None]
 
     def _capture(self, capture: RowCapture) -> DeviceCapture:

@@ -80,7 +80,7 @@ def sample(
         best = _only_choice(probs, sampling.top_p)
     if best is not None:
         return best if rows is None else best[rows]
-    wanted = torch.from_numpy(uniforms).to(probs.device)
+    wanted = torch.from_numpy(uniforms).to(probs.device, non_blocking=True)
     few = _few(probs, sampling.top_p)
     if few is None:
         probs = _nucleus(probs, sampling.top_p)

@@ -15,6 +15,7 @@ ENGINES = (
     "reference",
     "torch",
     "torch, late",
+    "torch, fixed",
     "torch, plain",
     "mlx",
     "mlx, plain",
