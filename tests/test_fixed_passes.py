@@ -97,6 +97,25 @@ def test_they_come_to_what_other_passes_come_to(
     assert float(deviation.max()) < tolerance[layers[0].number_type]
 
 
+@pytest.mark.parametrize("is_spoiled", [False, True])
+def test_they_are_compared_at_load_at_late_positions_too(
+    is_spoiled: bool, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = load_model(str(checkpoint)).layer
+    assert isinstance(layer, TorchLayer)
+    with layer.computing("model"):
+        expected = layer._sample_passes()
+        if is_spoiled:
+            attention = fixed.attention
+            monkeypatch.setattr(fixed, "attention", lambda *rest: 1.01 * attention(*rest))
+        layer.fix_shapes(expected, 1e-4)
+    assert (layer.fixed is None) == is_spoiled
+    assert type(layer.new_buffer()) is (KVBuffer if is_spoiled else Slot)
+    assert layer.why_not_recorded == (
+        "passes of fixed shapes come to other logits" if is_spoiled else "only CUDA records passes"
+    )
+
+
 class Watch(TorchDispatchMode):
     """What operations a run consists of, with their shapes."""
 

@@ -19,6 +19,8 @@ from specguard.backends.pytorch.slots import Slot, SlotPool
 
 _MOST_QUERIES = 256  # of a pass; beyond, the GPU is busy, and what is computed for no one costs
 _FEWEST_COLUMNS = 256
+_FEWEST_POSITIONS = 4096  # a sequence may have later ones than columns
+_ADDS_IN_FLOAT32 = "dtype" in torch.ops.aten.baddbmm.overloads()  # on CUDA, from torch 2.9 on
 _TOKENS, _POSITIONS, _COLUMNS, _PLACES = range(4)
 
 
@@ -120,7 +122,7 @@ class _FixedPass:
             shape.slots, shape.queries, shape.columns, dtype=torch.bool, device=device
         )
         self._slots = torch.arange(shape.slots, device=device).repeat_interleave(shape.queries)
-        self._turns = layers.turns(shape.columns)
+        self._turns = layers.turns(max(shape.columns, _FEWEST_POSITIONS))
         self._open = torch.zeros((), device=device)
         self._closed = torch.full_like(self._open, float("-inf"))
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -196,7 +198,7 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Te
     keys, scale = keys.transpose(1, 2), queries.shape[-1] ** -0.5
     if queries.dtype == torch.float32:
         scores = torch.baddbmm(bias, queries, keys, alpha=scale)
-    elif queries.device.type == "cuda":
+    elif queries.device.type == "cuda" and _ADDS_IN_FLOAT32:
         scores = torch.baddbmm(bias, queries, keys, out_dtype=torch.float32, alpha=scale)
     else:
         scores = torch.baddbmm(bias, queries.float(), keys.float(), alpha=scale)

@@ -82,16 +82,20 @@ class TorchLayer:
             if number_type is not None or self.fixed is not None:
                 self._probe(name)
 
-    def fix_shapes(self) -> None:
+    def fix_shapes(self, expected: Sequence[Tensor] = (), tolerance: float = 0.0) -> None:
         """Run small passes in fixed shapes from now on, as CUDA needs it; buffers are slots then.
 
-        Fused layers must be in use, and no buffer.
+        Fused layers must be in use, and no buffer. Where sample passes come to other logits than
+        the ``expected`` ones, all stays as it was.
         """
         assert self._fused is not None
         heads = self._fused.num_kv_heads, self._fused.head_dim
         shape = KVShape(self.num_layers, *heads, self.number_type, self.device)
         self._pool = SlotPool(shape)
         self.fixed = FixedPasses(self._fused, self._pool)
+        if expected and not self._passes_agree(expected, tolerance):
+            self._pool = self.fixed = None
+            self._why_not_fixed = "passes of fixed shapes come to other logits"
 
     @property
     def why_not_recorded(self) -> str | None:
@@ -264,12 +268,9 @@ class TorchLayer:
                 "set SPECGUARD_REFERENCE=1 to do without",
             )
         if self.device.type == "cuda":
-            self.fix_shapes()
-            if not self._passes_agree(expected, tolerance):
-                self._pool = self.fixed = None
-                self._why_not_fixed = "passes of fixed shapes come to other logits"
+            self.fix_shapes(expected, tolerance)
 
-    def _passes_agree(self, expected: list[Tensor], tolerance: float) -> bool:
+    def _passes_agree(self, expected: Sequence[Tensor], tolerance: float) -> bool:
         """Whether sample passes come to these logits [N, V], each row but for a constant."""
         for own, found in zip(expected, self._sample_passes(), strict=True):
             deviation = (found - own).std(-1)
