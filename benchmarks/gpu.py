@@ -312,12 +312,12 @@ def main(
         about["GPU"] = torch.cuda.get_device_name(device)
     click.echo(machine_line(about))
     click.echo(f"Memory: {bytes_per_second / 1e9:.0f} GB/s, copying.")
-    for shape, model in zip((draft, target), models, strict=True):
-        click.echo(f"{shape}: {model.layer.why_not_recorded or 'recorded as CUDA graphs'}.")
     lines = list(passes(models[0], models[1], tokens, rounds))
     click.echo(f"\n{table(lines, bytes_per_second)}")
     lines = list(solutions(models[0], models[1], acceptances, tokens, rounds))
-    click.echo(f"\n{table(lines, bytes_per_second)}", nl=False)
+    click.echo(f"\n{table(lines, bytes_per_second)}")
+    for shape, model in zip((draft, target), models, strict=True):
+        click.echo(f"{shape}: {model.layer.why_not_recorded or 'recorded as CUDA graphs'}.")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class _Draft:
     finish: CandidateFinish | None = None
     columns: list[int] = field(default_factory=list)
     ahead: Outputs | None = None
-    distributions: list[FloatArray] = field(default_factory=list)
+    distributions: list[tuple[Array, int]] = field(default_factory=list)  # and the row of each
 
     @property
     def uniform(self) -> float:
@@ -133,7 +133,7 @@ class Drawing:
         if self._keeps_distributions:
             probs = self._layer.warp(outputs.logits, self._sampling)
             for owner, draft in zip(owners, drafts, strict=True):
-                draft.distributions.append(probs[owner])
+                draft.distributions.append((probs, owner))
         self._outputs, self._firsts = None, []
         if self._layer.reads_late:
             self._read_late(token_ids, drafts, is_watched)
@@ -170,7 +170,7 @@ class Drawing:
                     finish=draft.finish,
                     token_entropies=drawn.entropies[is_own],
                     embedding=None if sums is None else sums[place] / len(draft.token_ids),
-                    distributions=np.stack(draft.distributions) if draft.distributions else None,
+                    distributions=self._distributions(draft),
                 )
             )
         job.kept.branches += [
@@ -180,6 +180,12 @@ class Drawing:
         ends = [draft.columns[-1] + 1 for draft in drafts if draft.columns]
         job.kept.num_columns = max(ends, default=job.kept.num_columns)
         return candidates
+
+    def _distributions(self, draft: _Draft) -> FloatArray | None:
+        """What each token was drawn from; read now, when no pass is waited for."""
+        if not draft.distributions:
+            return None
+        return np.stack([self._layer.numpy(probs)[row] for probs, row in draft.distributions])
 
     def _following(self) -> tuple[Outputs, list[int]]:
         """What follows each leaf of each job, and the row of each job's first one."""

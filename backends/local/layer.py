@@ -129,7 +129,7 @@ class TensorLayer(Protocol):
     def first_choices(self, logits: Array) -> FloatArray:
         """The most probable token id [A] of each row."""
 
-    def warp(self, logits: Array, sampling: Sampling) -> FloatArray:
+    def warp(self, logits: Array, sampling: Sampling) -> Array:
         """Probabilities [A, V] after temperature and top-p; one-hot where sampling is greedy."""
 
     def sums(

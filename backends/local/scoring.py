@@ -127,7 +127,8 @@ def _observe(
         if job.hidden_state:
             state = layer.numpy(layer.take(outputs, [path[len(continuation) - 1]]).hidden)[0]
         if job.distributions is not None:
-            probs = layer.warp(layer.take(outputs, path).logits, job.distributions)
+            logits = layer.take(outputs, path).logits
+            probs = layer.numpy(layer.warp(logits, job.distributions))
         observations.append(
             Observation(
                 token_logprobs=logprobs[own],

@@ -117,9 +117,11 @@ class MlxLayer:
         """The most probable token id of each row."""
         return np.array(mx.argmax(logits, axis=-1))
 
-    def warp(self, logits: mx.array, sampling: Sampling) -> FloatArray:
+    def warp(self, logits: mx.array, sampling: Sampling) -> mx.array:
         """Warped probabilities."""
-        return self.numpy(warp(logits, sampling))
+        probs = warp(logits, sampling)
+        mx.async_eval(probs)
+        return probs
 
     def sums(
         self, hidden: Sequence[mx.array], rows: Sequence[int], owners: Sequence[int], count: int

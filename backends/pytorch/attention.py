@@ -74,9 +74,12 @@ class DeviceCapture:
 
     def finish(self) -> None:
         """Hand the blocks over."""
-        self.wanted.blocks += [
-            AttentionBlock(*(part.cpu().numpy() for part in layer)) for layer in self.layers
-        ]
+        # In one copy: each waits for a GPU.
+        parts = [part.flatten() for layer in self.layers for part in layer]
+        n = len(self.layers[0][0])
+        for block in torch.cat(parts).cpu().numpy().reshape(len(self.layers), n * (n + 2)):
+            source_mass, sink_mass, step = np.split(block, [n, 2 * n])
+            self.wanted.blocks.append(AttentionBlock(source_mass, sink_mass, step.reshape(n, n)))
 
 
 @dataclass(slots=True)
@@ -147,6 +150,10 @@ def attend_row(
     keys, values = placed.buffer.write(layer, placed.row.start, key, value)
     groups = heads // kv_heads
     if length > _MANY_QUERIES or placed.is_causal:
+        if placed.mask is not None and keys.device.type == "cuda":
+            # No fused kernel of CUDA takes a mask and heads that share their keys.
+            keys, values = (part.repeat_interleave(groups, 1) for part in (keys, values))
+            kv_heads, groups = heads, 1
         output = scaled_dot_product_attention(
             query.unsqueeze(0),
             keys,

@@ -6,6 +6,7 @@ graph, and launches it as one. Elsewhere, and where recording fails, the same fu
 """
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from specguard.backends.local.layer import Row
 from specguard.backends.pytorch.fused import FusedLayers
-from specguard.backends.pytorch.placing import see
+from specguard.backends.pytorch.placing import see, send
 from specguard.backends.pytorch.slots import Slot, SlotPool
 
 _MOST_QUERIES = 256  # of a pass; beyond, the GPU is busy, and what is computed for no one costs
 _FEWEST_COLUMNS = 256
 _FEWEST_POSITIONS = 4096  # a sequence may have later ones than columns
 _ADDS_IN_FLOAT32 = "dtype" in torch.ops.aten.baddbmm.overloads()  # on CUDA, from torch 2.9 on
+_RECORDING = Lock()  # a second recording at a time would disturb the first
 _TOKENS, _POSITIONS, _COLUMNS, _PLACES = range(4)
 
 
@@ -33,19 +35,20 @@ class FixedShape(NamedTuple):
 
 
 class FixedPasses:
-    """Passes over rows that lie in a pool, recorded shape by shape, when one is first wanted.
+    """Passes over rows that lie in a pool, recorded shape by shape, when one is wanted again.
 
     ``why_not_recorded`` says why passes run eagerly, None where they are recorded or none has run.
     """
 
     def __init__(self, layers: FusedLayers, pool: SlotPool) -> None:
         self._layers, self._pool = layers, pool
-        self._data = pool.data
         self._passes: dict[FixedShape, _FixedPass] = {}
         self._memory: Any = None  # which all graphs share
+        self._stream: torch.cuda.Stream | None = None  # on which all are recorded
         self.why_not_recorded: str | None = None
         if pool.shape.device.type != "cuda":
             self.why_not_recorded = "only CUDA records passes"
+        pool.before_resize = self.forget
 
     def shape_of(self, rows: Sequence[Row]) -> FixedShape | None:
         """The smallest shape that holds these rows; None where they are many, or are captured."""
@@ -65,47 +68,59 @@ class FixedPasses:
     ) -> Tensor:
         """Final hidden states [N, H] of the rows' queries."""
         self._pool.make_room(max(row.stop for row in rows))
-        if self._pool.data is not self._data:  # recorded passes know the old one
-            self.forget()
-        if shape not in self._passes:
+        is_first = shape not in self._passes
+        if is_first:
             self._passes[shape] = _FixedPass(self._layers, self._pool, shape)
         wanted = self._passes[shape]
         wanted.fill(rows, token_ids, positions)
-        return wanted.hidden(self._launch(wanted), len(positions))
-
-    def forget(self) -> None:
-        """Let go of what was recorded; it is recorded again when it is wanted."""
-        self._data = self._pool.data
-        self._passes.clear()
-
-    def _launch(self, wanted: "_FixedPass") -> Tensor:
-        if self.why_not_recorded is None and wanted.graph is None:
+        if self.why_not_recorded is None and not is_first:
             self._record(wanted)
         if wanted.graph is None:
-            return wanted.run()
-        wanted.graph.replay()
-        assert wanted.output is not None
-        return wanted.output
+            output = wanted.run()
+        else:
+            assert wanted.output is not None
+            wanted.graph.replay()
+            output = wanted.output
+        return wanted.hidden(output, len(positions))
+
+    def forget(self) -> None:
+        """Let go of what was recorded, and of the pool; it is recorded again when it is wanted."""
+        if any(each.graph is not None for each in self._passes.values()):
+            torch.cuda.current_stream(self._pool.shape.device).synchronize()  # it may be running
+        self._passes.clear()
+        self._memory = None
 
     def _record(self, wanted: "_FixedPass") -> None:
-        """Record a pass; where that fails, none is recorded from then on."""
+        """Record a pass, if it is to be; where that fails, none is from then on."""
+        if wanted.graph is not None or not wanted.may_be_recorded:
+            return
         device = self._pool.shape.device
         try:
-            with torch.cuda.device(device):
-                current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-                aside.wait_stream(current)
-                with torch.cuda.stream(aside):  # libraries choose kernels and take memory
-                    wanted.run()
-                current.wait_stream(aside)
+            with _RECORDING, torch.cuda.device(device):
+                if self._stream is None:
+                    self._stream = torch.cuda.Stream()
                 if self._memory is None:
                     self._memory = torch.cuda.graph_pool_handle()
-                graph = torch.cuda.CUDAGraph()
-                # Other threads may be computing meanwhile.
-                with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-                    wanted.output = wanted.run()
-                wanted.graph = graph
+                current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+                self._stream.wait_stream(current)
+                with torch.cuda.stream(self._stream):
+                    wanted.run()  # libraries take memory for this stream
+                    # Other threads may be computing meanwhile.
+                    with torch.cuda.graph(
+                        graph,
+                        pool=self._memory,
+                        stream=self._stream,
+                        capture_error_mode="thread_local",
+                    ):
+                        wanted.output = wanted.run()
+                current.wait_stream(self._stream)
+            wanted.graph = graph
+        except torch.OutOfMemoryError:
+            wanted.output, wanted.may_be_recorded = None, False
         except RuntimeError as error:
             self.why_not_recorded = (str(error).strip() or type(error).__name__).splitlines()[0]
+            for each in self._passes.values():
+                each.graph = each.output = None
 
 
 class _FixedPass:
@@ -113,7 +128,7 @@ class _FixedPass:
 
     def __init__(self, layers: FusedLayers, pool: SlotPool, shape: FixedShape) -> None:
         self._layers, self._shape = layers, shape
-        self._data = pool.data
+        self._data, self._spare = pool.data, pool.capacity
         self._heads = pool.shape.num_kv_heads, pool.shape.head_dim
         device = pool.shape.device
         num_queries = shape.slots * shape.queries
@@ -127,6 +142,7 @@ class _FixedPass:
         self._closed = torch.full_like(self._open, float("-inf"))
         self.graph: torch.cuda.CUDAGraph | None = None
         self.output: Tensor | None = None  # of the graph
+        self.may_be_recorded = True
 
     def fill(
         self, rows: Sequence[Row], token_ids: Sequence[int] | Tensor, positions: Sequence[int]
@@ -134,7 +150,7 @@ class _FixedPass:
         """Write what the next run is to read: two copies, and one more for tokens on the device."""
         num_slots, num_queries, num_columns = self._shape
         numbers = np.zeros((4, num_slots * num_queries), dtype=np.int64)
-        numbers[_COLUMNS] = self._data.shape[4] - 1
+        numbers[_COLUMNS] = self._spare
         # Who computes for no one sees the first column: to see none would come to no number.
         visible = np.zeros((num_slots, num_queries, num_columns), dtype=np.bool_)
         visible[:, :, 0] = True
@@ -150,8 +166,8 @@ class _FixedPass:
         numbers[_COLUMNS, places] = columns
         if not isinstance(token_ids, Tensor):
             numbers[_TOKENS, places] = token_ids
-        self._numbers.copy_(torch.from_numpy(numbers), non_blocking=True)
-        self._visible.copy_(torch.from_numpy(visible), non_blocking=True)
+        send(numbers, self._numbers)
+        send(visible, self._visible)
         if isinstance(token_ids, Tensor):
             self._numbers[_TOKENS].index_copy_(0, self._numbers[_PLACES, : len(places)], token_ids)
 

@@ -4,11 +4,12 @@ Knows nothing of steps.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from specguard.backends.local.layer import Outputs, Row
@@ -26,6 +27,8 @@ from specguard.core.errors import SpecguardError
 # Deviation of fused layers' logits, as a share of how far these spread: rounding comes to a third.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 _OTHER_TYPE = 0.3  # of single precision from bfloat16, where no more than a product can be wrong
+# cuDNN's makes a plan for each length, and lengths are many here.
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _LATE = 4096  # a position that is checked
 # Numbers; where passes are larger, describing them alone costs little. A GPU waits for launches.
 _MOST_WAITING_LOGITS = {"cpu": 2**16, "cuda": 2**22, "mps": 2**22}
@@ -173,9 +176,9 @@ class TorchLayer:
         found: FloatArray = first_choices(logits).cpu().numpy()
         return found
 
-    def warp(self, logits: Tensor, sampling: Sampling) -> FloatArray:
+    def warp(self, logits: Tensor, sampling: Sampling) -> Tensor:
         """Warped probabilities."""
-        return self.numpy(warp(logits, sampling))
+        return warp(logits, sampling)
 
     def sums(
         self, hidden: Sequence[Tensor], rows: Sequence[int], owners: Sequence[int], count: int
@@ -211,15 +214,16 @@ class TorchLayer:
     def synchronize(self) -> None:
         """Wait for a GPU."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
     @contextmanager
     def computing(self, name: str) -> Iterator[None]:
         """Without gradients; and say in one line that memory ran out."""
+        kernels = sdpa_kernel(_KERNELS) if self.device.type == "cuda" else nullcontext()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), kernels:
                 yield
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -279,7 +283,14 @@ class TorchLayer:
         return True
 
     def _sample_passes(self) -> list[Tensor]:
-        """Logits of a prompt, a tree behind it, a batch, and a late position."""
+        """Logits of a prompt, a tree behind it, a batch, and a late position.
+
+        On CUDA three times, of other tokens: what runs once is recorded the second time.
+        """
+        num_rounds = 3 if self.device.type == "cuda" else 1
+        return [logits for number in range(num_rounds) for logits in self._sample_round(number)]
+
+    def _sample_round(self, number: int) -> list[Tensor]:
         first, second = self.new_buffer(), self.new_buffer()
         tree = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=np.bool_)
         late = self._latest_position()
@@ -291,7 +302,8 @@ class TorchLayer:
         ]
         found = []
         for rows, positions in passes:
-            outputs = self.forward(rows, range(len(positions)), positions, range(len(positions)))
+            token_ids = range(number, number + len(positions))
+            outputs = self.forward(rows, token_ids, positions, range(len(positions)))
             assert outputs is not None
             found.append(outputs.logits.float())
         return found

@@ -14,7 +14,18 @@ from specguard.backends.pytorch.kv import KVBuffer
 
 def tensor_on(device: torch.device, values: Sequence[int] | NDArray[np.generic]) -> Tensor:
     """Numbers as a tensor, without waiting for the device, which is to compute meanwhile."""
-    return torch.from_numpy(np.asarray(values)).to(device, non_blocking=True)
+    return _pinned(values, device).to(device, non_blocking=True)
+
+
+def send(values: NDArray[np.generic], tensor: Tensor) -> None:
+    """Write numbers into a tensor, likewise."""
+    tensor.copy_(_pinned(values, tensor.device), non_blocking=True)
+
+
+def _pinned(values: Sequence[int] | NDArray[np.generic], device: torch.device) -> Tensor:
+    """Numbers in memory that CUDA copies from by itself: from other memory it does only a few."""
+    tensor = torch.from_numpy(np.asarray(values))
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def buffer_of(row: Row) -> KVBuffer:
@@ -72,7 +83,7 @@ class Placing:
 
     def _capture(self, capture: RowCapture) -> DeviceCapture:
         wanted = capture.capture
-        source = torch.from_numpy(wanted.is_source).to(self._device).float()
+        source = tensor_on(self._device, wanted.is_source).float()
         return DeviceCapture(
             capture,
             self._slice_or_tensor(capture.queries),

@@ -3,6 +3,7 @@
 Knows nothing of passes.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from specguard.backends.pytorch.kv import KVBuffer
 
-_FIRST_CAPACITY = 1024
+_FIRST_SLOTS, _FIRST_CAPACITY = 4, 1024
+_SPARE = 8  # columns; one is enough, and so many keep what comes behind aligned
 
 
 class KVShape(NamedTuple):
@@ -25,16 +27,17 @@ class KVShape(NamedTuple):
 
 
 class SlotPool:
-    """``data`` [layers, 2, slots, kv_heads, capacity, dim]: a slot for each sequence.
+    """``data`` [layers, 2, slots, kv_heads, columns, dim]: a slot for each sequence.
 
     All slots are as long as the longest sequence needs. Numbers in unwritten columns are finite,
-    so that a weight of 0 takes them away. The last column is nobody's: what a pass of fixed shape
-    computes for no one goes there. Where more slots or columns are needed, ``data`` becomes another
-    tensor.
+    so that a weight of 0 takes them away. Columns from ``capacity`` on are nobody's: what a pass of
+    fixed shape computes for no one goes there. Where more slots or columns are needed, ``data``
+    becomes another tensor; ``before_resize`` is called first, to let go of the old one.
     """
 
     def __init__(self, shape: KVShape) -> None:
         self.shape = shape
+        self.before_resize: Callable[[], None] = lambda: None
         self._slots: WeakValueDictionary[int, Slot] = WeakValueDictionary()
         self.data = self._zeros(0, _FIRST_CAPACITY)
 
@@ -45,37 +48,38 @@ class SlotPool:
 
     @property
     def capacity(self) -> int:
-        """Columns of a slot, the last one among them."""
-        return self.data.shape[4]
+        """Columns that a sequence may have."""
+        return self.data.shape[4] - _SPARE
 
     def new_slot(self) -> "Slot":
         """The first slot that nobody has any more, emptied."""
         number = next(number for number in range(self.num_slots + 1) if number not in self._slots)
-        slot = Slot(self, number)
-        self._slots[number] = slot
         with torch.inference_mode():
             if number == self.num_slots:
-                self._resize(max(1, 2 * self.num_slots), self.capacity)
+                self._resize(max(_FIRST_SLOTS, 2 * self.num_slots), self.capacity)
+            slot = self._slots[number] = Slot(self, number)
             slot.look()
             slot.clear()
         return slot
 
     def make_room(self, columns: int) -> None:
-        """So many columns, and the last one."""
-        if columns >= self.capacity:
-            self._resize(self.num_slots, 1 << columns.bit_length())
+        """So many columns in each slot."""
+        if columns > self.capacity:
+            self._resize(self.num_slots, 1 << (columns - 1).bit_length())
 
     def _resize(self, num_slots: int, capacity: int) -> None:
-        old = self.data
+        self.before_resize()
+        old, held = self.data, self.capacity
         self.data = self._zeros(num_slots, capacity)
-        self.data[:, :, : old.shape[2], :, : old.shape[4]] = old
+        self.data[:, :, : old.shape[2], :, :held] = old[..., :held, :]
         for slot in self._slots.values():
             slot.look()
 
     def _zeros(self, num_slots: int, capacity: int) -> Tensor:
         layers, heads, dim, number_type, device = self.shape
+        columns = capacity + _SPARE
         return torch.zeros(
-            layers, 2, num_slots, heads, capacity, dim, dtype=number_type, device=device
+            layers, 2, num_slots, heads, columns, dim, dtype=number_type, device=device
         )
 
 

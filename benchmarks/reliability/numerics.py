@@ -108,7 +108,11 @@ def compare_draws(
         expected = warp(logits[0].astype(float), sampling)
         if _is_at_an_edge(logits[0].astype(float), sampling):
             continue
-        errors.add("probability", engine.layer.warp(make(logits), sampling)[0], expected)
+        errors.add(
+            "probability",
+            engine.layer.numpy(engine.layer.warp(make(logits), sampling))[0],
+            expected,
+        )
         uniforms = rng.random(20).astype(np.float32)
         cdf = np.cumsum(expected)
         clear = [number for number in uniforms if np.abs(cdf - number).min() > _EDGE]
