@@ -124,7 +124,7 @@ class Solving:
     def __init__(self, method: Method) -> None:
         self._doing_by_phase = _DOING if method != "target" else {**_DOING, "propose": "writing"}
         self._step = 0
-        self._is_drafted = False
+        self._is_drafted, self._is_counting = False, True
         self._doing = "reading the problem"
         self._num_tokens = self._num_first = 0
         self._started = self._first = time.monotonic()
@@ -136,8 +136,11 @@ class Solving:
             return
         if event.step != self._step:
             self._step, self._is_drafted = event.step, False
-        self._num_tokens = self._num_first = 0
+        # A step that is read while it is drafted is drafted and verified by turns.
+        if not self._is_drafted or event.phase == "rewrite":
+            self._num_tokens = self._num_first = 0
         self._started = time.monotonic()
+        self._is_counting = event.phase in ("propose", "rewrite")
         if event.phase == "rewrite" and not self._is_drafted:
             self._doing = "writing"
         else:
@@ -148,7 +151,7 @@ class Solving:
         """What is done, and how far it has come."""
         seconds = time.monotonic() - self._started
         doing = f"step {self._step + 1}: {self._doing}"
-        if not self._num_tokens:
+        if not (self._num_tokens and self._is_counting):
             return [doing, f"{seconds:.0f} s"]
         parts = [doing, "1 token" if self._num_tokens == 1 else f"{self._num_tokens} tokens"]
         num_further = self._num_tokens - self._num_first

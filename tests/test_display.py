@@ -89,6 +89,13 @@ def test_the_line_says_what_is_done_and_how_far_it_is(monkeypatch: pytest.Monkey
     assert solving.parts() == ["step 1: drafting", "8 tokens", "3.0 tokens/s"], "as it is drawn"
     solving.hear(PhaseBegan(0, "verify"))
     assert solving.parts() == ["step 1: verifying", "0 s"]
+    now += 1
+    solving.hear(PhaseBegan(0, "propose"))  # of a step that is read while it is drafted
+    solving.hear(TokensDrawn(0, "draft", 0, (9,), "e"))
+    now += 1
+    assert solving.parts() == ["step 1: drafting", "9 tokens", "1.8 tokens/s"]
+    solving.hear(PhaseBegan(0, "verify"))
+    assert solving.parts() == ["step 1: verifying", "0 s"]
     solving.hear(PhaseBegan(0, "rewrite"))
     assert solving.parts() == ["step 1: rewriting", "0 s"]
     solving.hear(PhaseBegan(1, "rewrite"))
