@@ -47,7 +47,7 @@ LABELS_VERSION = 1  # grows where equal settings come to mean other labels
     "kind",
     type=click.Choice(["beta", "logistic"]),
     default="beta",
-    help="Weigh log-probability against grounding, or every signal.",
+    help="Weigh log-probability against another kind of it or grounding, or every signal.",
 )
 @click.option(
     "--accept-wrong",

@@ -57,6 +57,25 @@ def test_beta_goes_to_the_signal_that_tells(informative: str, beta: float) -> No
     assert fitted.verifier.is_calibrated
 
 
+@pytest.mark.parametrize("has_grounding", [False, True])
+def test_two_reductions_go_together_where_each_tells_something(has_grounding: bool) -> None:
+    rows = steps("consistency")
+    rng = np.random.default_rng(1)
+    for row in rows:
+        signals = row["signals"]
+        if not has_grounding:
+            del signals["grounding"]
+        for name in "log_prob_sum", "log_prob_numbers":  # each half of what there is to know
+            signals[name] = -abs(rng.normal(0.5 if row["is_right"] else 1.5))
+    alone = [{**row, "signals": {**row["signals"], "log_prob_numbers": 0.0}} for row in rows]
+    found, one = (fit(each, VerifierConfig(), "beta", 0.05) for each in (rows, alone))
+    assert found.verifier.weights["log_prob_sum"] == pytest.approx(0.5, abs=0.2)
+    assert found.verifier.weights["log_prob_numbers"] == pytest.approx(0.5, abs=0.2)
+    assert sum(found.verifier.weights.values()) == pytest.approx(1.0)
+    assert found.auc > one.auc
+    assert found.right_accepted > one.right_accepted
+
+
 def test_a_logistic_fit_weighs_every_signal_that_helps() -> None:
     fitted = fit(steps("entropy_max"), VerifierConfig(), "logistic", 0.05)
     weights = fitted.verifier.weights

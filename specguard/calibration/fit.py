@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations, product
 from typing import Any, Literal
 
 import numpy as np
@@ -51,10 +52,10 @@ def fit(
 ) -> Fit:
     """Fit bounds and weights to labelled steps, and the threshold to a wanted trade-off.
 
-    Bounds are the 5% and 95% quantiles of each signal. ``beta`` chooses a reduction of the
-    log-probabilities and the weight between it and grounding by AUC; ``logistic`` weighs every
-    signal by a logistic regression on the normalised scores, signals that speak against a step
-    being right left out.
+    Bounds are the 5% and 95% quantiles of each signal. ``beta`` chooses by AUC a reduction of the
+    log-probabilities, and the weight between it and another one, or grounding; ``logistic`` weighs
+    every signal by a logistic regression on the normalised scores, signals that speak against a
+    step being right left out.
 
     Args:
         rows: steps with "problem", "is_right" and "signals".
@@ -163,19 +164,21 @@ def _inputs(signals: Signals, verifier: VerifierConfig, kind: Kind) -> Array:
 
 
 def _best_beta(scores: dict[str, Array], labels: NDArray[np.bool_]) -> dict[str, float]:
-    """Weights of one reduction of the log-probabilities and of grounding."""
-    betas = np.round(np.linspace(0, 1, 11), 1) if "grounding" in scores else (1.0,)
-    names = [name for name in _LOG_PROBS if name in scores]
+    """Weights of one reduction of the log-probabilities and of another one, or of grounding."""
+    reductions = [name for name in _LOG_PROBS if name in scores]
+    pairs = [*combinations(reductions, 2), *product(reductions, {"grounding"} & scores.keys())]
     none = np.zeros(len(labels))
 
-    def area(choice: tuple[str, float]) -> tuple[float, float]:
-        name, beta = choice
-        ensemble = beta * scores[name] + (1 - beta) * scores.get("grounding", none)
-        # Of equal ones the larger beta: log-probability asks for no captured attention.
-        return round(float(roc_auc_score(labels, ensemble)), 6), beta
+    def area(choice: tuple[str, str, float]) -> tuple[float, float, bool]:
+        name, other, beta = choice
+        ensemble = beta * scores[name] + (1 - beta) * scores.get(other, none)
+        # Of equal ones the larger beta, and log-probability: it asks for no captured attention.
+        return round(float(roc_auc_score(labels, ensemble)), 6), beta, other != "grounding"
 
-    name, beta = max(((name, float(beta)) for name in names for beta in betas), key=area)
-    weights = {name: beta, "grounding": 1 - beta}
+    betas = np.round(np.linspace(0, 1, 11), 1).tolist()
+    choices = [(name, other, beta) for name, other in pairs for beta in betas]
+    name, other, beta = max(choices or [(reductions[0], "", 1.0)], key=area)
+    weights = {name: beta, other: round(1 - beta, 1)}
     return {signal: weight for signal, weight in weights.items() if weight > 0}
 
 
