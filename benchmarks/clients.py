@@ -145,11 +145,12 @@ def main(
     rows, has_failed = [], False
     if (draft is None) != (target is None):
         raise click.UsageError("--draft and --target go together")
-    models = ["--models", "tiny"]
-    if draft is not None and target is not None:
+    models, options = ["--models", "tiny"], ["--backend", backend, "--no-fallback"]
+    if draft is not None and target is not None:  # as a user would serve them
         models = ["--draft", draft, "--target", target, "--served-name", "tiny"]
+        options.pop()
     problems = [json.dumps(each) for each in islice(problems_of(data), limit)]
-    with started(["--backend", backend, "--no-fallback"], models) as server:
+    with started(options, models) as server:
         for name in names or CLIENTS:
             with TemporaryDirectory() as folder:
                 (Path(folder) / "data.jsonl").write_text("\n".join(problems))
