@@ -28,6 +28,7 @@ from specguard.core.engine import (
     Observation,
     ScoreJob,
     Tokenizer,
+    least_logprob,
 )
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.text import PieceTable, StepScanner
@@ -35,7 +36,6 @@ from specguard.core.text import PieceTable, StepScanner
 T = TypeVar("T")
 
 _REASON = "a server hands out tokens and their log-probabilities"
-_UNENDED = "a request ends by its texts and its length alone"
 _LACKS: tuple[Feature, ...] = (
     "attention",
     "hidden states",
@@ -68,7 +68,6 @@ class HttpEngine:
     ) -> None:
         self.name, self.tokenizer, self.context_limit = name, tokenizer, context_limit
         self.reasons: dict[Feature, str] = dict.fromkeys(_LACKS, _REASON)
-        self.reasons["confidence"] = _UNENDED
         self.reasons["exact randomness"] = "a server draws by a randomness of its own, from a seed"
         if dialect.why_not_scored is not None:
             self.reasons |= {"scoring": dialect.why_not_scored, "choices": dialect.why_not_scored}
@@ -130,8 +129,9 @@ class HttpEngine:
         self._places.pop(key, None)
 
     def _is_whole(self, job: GenerateJob) -> bool:
-        """Whether a job's continuations are to come at once."""
-        return self._dialect.has_whole_answers and job.on_tokens is None
+        """Whether a job's continuations are to come at once; a stream can be left in its middle."""
+        is_heard = job.on_tokens is not None or job.least_confidence > 0
+        return self._dialect.has_whole_answers and not is_heard
 
     async def _finish(self, replica: Replica, candidate: "_Drawn") -> None:
         """Have a candidate gone on with until its step ends."""
@@ -212,6 +212,7 @@ class _Drawn:
     ) -> None:
         self._engine, self.job, self._index, self._listener = engine, job, index, listener
         self._scanner = StepScanner(engine._pieces, job.boundary)
+        self._least = least_logprob(job)
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._finish: CandidateFinish | None = None
@@ -252,6 +253,8 @@ class _Drawn:
                 self._token_ids.append(int(token_id))
                 self._logprobs.append(math.nan if logprob is None else logprob)
                 self._finish = self._scanner.feed(int(token_id))
+                if self._finish is None and sum(self._logprobs) < self._least:
+                    self._finish = "length"
         new = tuple(self._token_ids[num_known:])
         if self._listener is not None and new:
             self._listener.tell(self._index, new)

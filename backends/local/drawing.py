@@ -7,7 +7,7 @@ pass, who is done leaves.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from math import inf, log
+from math import inf
 
 import numpy as np
 
@@ -15,7 +15,14 @@ from specguard.backends.local.drawlog import DrawLog
 from specguard.backends.local.kept import Branch, KeptSequence
 from specguard.backends.local.layer import Array, Outputs, Row, TensorLayer
 from specguard.backends.local.tree import CandidateTree
-from specguard.core.engine import Candidate, CandidateFinish, FloatArray, GenerateJob, Sampling
+from specguard.core.engine import (
+    Candidate,
+    CandidateFinish,
+    FloatArray,
+    GenerateJob,
+    Sampling,
+    least_logprob,
+)
 from specguard.core.errors import SpecguardError
 from specguard.core.text import PieceTable, StepScanner
 
@@ -95,7 +102,7 @@ class Drawing:
     def add(self, job: GenerateJob, kept: KeptSequence) -> DrawnJob:
         """A job joins; until it is done or dropped, nothing else may use what is kept."""
         assert job.uniforms is not None
-        least = log(job.least_confidence) if job.least_confidence else -inf
+        least = least_logprob(job)
         drafts = {
             next(self._numbers): _Draft(StepScanner(self._pieces, job.boundary), row, least)
             for row in job.uniforms

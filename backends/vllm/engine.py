@@ -26,6 +26,7 @@ from specguard.core.engine import (
     Sampling,
     ScoreJob,
     Tokenizer,
+    least_logprob,
 )
 from specguard.core.errors import SpecguardError, UsageError
 from specguard.core.text import PieceTable, StepScanner
@@ -35,7 +36,6 @@ _REASONS: Mapping[Feature, str] = {
     "hidden states": "vLLM hands out tokens and log-probabilities, no states",
     "entropy": "vLLM hands out the log-probabilities of single tokens",
     "distributions": "vLLM hands out the log-probabilities of single tokens",
-    "confidence": "a request of vLLM ends by its texts and its length alone",
     "exact randomness": "vLLM draws by a randomness of its own, from a seed",
 }
 
@@ -148,6 +148,7 @@ class _Drawn:
     ) -> None:
         self._engine, self._index, self._listener = engine, index, listener
         self._scanner = StepScanner(engine._pieces, job.boundary)
+        self._least = least_logprob(job)
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._finish: CandidateFinish | None = None
@@ -163,6 +164,8 @@ class _Drawn:
             self._token_ids.append(int(token_id))
             self._logprobs.append(entries.logprobs[start])
             self._finish = self._scanner.feed(int(token_id))
+            if self._finish is None and sum(self._logprobs) < self._least:
+                self._finish = "length"
             if self._finish is not None:
                 break
         if self._listener is None:

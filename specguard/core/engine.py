@@ -7,6 +7,7 @@ knows no framework, no cache and no other problem.
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf, log
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -180,6 +181,11 @@ class GenerateJob:
         shape = self.num_candidates, self.boundary.max_tokens
         if self.uniforms is not None and self.uniforms.shape != shape:
             raise ValueError(f"uniforms must have shape {shape}, not {self.uniforms.shape}")
+
+
+def least_logprob(job: GenerateJob) -> float:
+    """Of a candidate that goes on, as its ``least_confidence`` has it; -inf: it goes on anyway."""
+    return log(job.least_confidence) if job.least_confidence else -inf
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

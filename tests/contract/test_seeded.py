@@ -138,6 +138,22 @@ def test_greedy_candidates_are_those_of_the_reference(
         assert found[0].text == engine.tokenizer.decode(found[0].token_ids)
 
 
+@pytest.mark.parametrize("least", [0.01, 0.3, 0.9])
+def test_a_candidate_ends_with_the_draft_s_confidence(
+    engine: Engine, plain: ReferenceEngine, least: float
+) -> None:
+    assert "confidence" in engine.features
+    greedy = replace(generate_job(engine, OTHER_PREFIX, 1, 9, GREEDY), least_confidence=least)
+    found = run(engine, replace(greedy, uniforms=None))
+    assert_same(found, run(plain, greedy))
+    sampled = replace(job_of(engine, PREFIX, 6, 9, Sampling(0.5, 0.9)), least_confidence=least)
+    for candidate in run(engine, sampled):
+        confidence = np.exp(np.cumsum(candidate.token_logprobs.astype(float)))
+        assert (confidence[:-1] >= least).all()
+        if candidate.finish == "length":
+            assert confidence[-1] < least or len(candidate.token_ids) == 9
+
+
 @pytest.mark.parametrize("sampling", [FLAT, Sampling(0.5, 0.7)])
 @pytest.mark.parametrize("delimiter", ["e", "\n\n", "er", ""])
 def test_a_step_ends_where_it_must(engine: Engine, sampling: Sampling, delimiter: str) -> None:
@@ -287,7 +303,7 @@ def test_capture_that_cannot_be_done_is_refused(engine: Engine) -> None:
 
 
 def test_what_is_not_claimed_is_refused_with_a_reason(engine: Engine) -> None:
-    assert {"scoring", "choices"} <= engine.features <= {"scoring", "choices", "attention"}
+    assert engine.features - {"attention"} == {"scoring", "choices", "confidence"}
     for feature in ("hidden states", "entropy", "distributions", "exact randomness"):
         assert engine.reasons[feature]  # type: ignore[index]
     for job in (
